@@ -1,0 +1,65 @@
+"""The production server: one master, gthread workers. All its values come from the same settings as everything else."""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).parent)
+sys.path.insert(0, ROOT)  # the `gunicorn` command does not look where this file lies
+
+from pokestrator import bootstrap  # noqa: E402
+from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
+from pokestrator.settings import process_settings  # noqa: E402
+from pokestrator.telemetry import configure_logging  # noqa: E402
+from pokestrator.web.server import application_of  # noqa: E402
+
+try:
+    settings = process_settings()  # also takes the secrets out of os.environ; forked workers have them by memory
+    settings.refuse_open_door()
+except SettingsError as error:
+    sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
+
+configure_logging(settings.log_level)
+
+wsgi_app = "wsgi:app"
+pythonpath = ROOT
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+worker_class = "pokestrator.web.server.Worker"
+logger_class = "pokestrator.web.server.Logger"
+workers = settings.web_concurrency
+threads = 16  # a request takes milliseconds: it waits for one COMMIT
+timeout = 60
+graceful_timeout = settings.drain_seconds + 10
+control_socket_disable = True  # there is one per HOME: two instances would fight over it
+proc_name = "pokestrator"
+
+
+def on_starting(server):
+    try:
+        bootstrap.database_url(settings)  # starts the embedded PostgreSQL before any worker is forked
+    except StoreUnavailable as error:
+        sys.exit(f"cannot start: {error}")
+
+
+def when_ready(server):
+    host, port = server.LISTENERS[0].sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"Pokestrator listens on {url}{settings.mcp_path}", flush=True)
+    key = " -k YOUR_POKESTRATOR_API_KEY" if settings.api_key else ""
+    print(f"Connect Poke: npx poke@latest tunnel {url}{settings.mcp_path} -n pokestrator{key}", flush=True)
+    print(
+        "Deployed:     npx poke@latest mcp add https://YOUR-HOST/mcp -n pokestrator -k YOUR_POKESTRATOR_API_KEY",
+        flush=True,
+    )
+
+
+def post_worker_init(worker):
+    application_of(worker).start()
+
+
+def worker_exit(server, worker):
+    if application := application_of(worker):
+        application.close()
+
+
+def on_exit(server):
+    bootstrap.leave_embedded_database(settings)

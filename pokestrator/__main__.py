@@ -1,0 +1,5 @@
+"""`python -m pokestrator`."""
+
+from pokestrator.cli import main
+
+main()

@@ -1,0 +1,211 @@
+"""Assembly: the one place that wires the parts together. Building opens nothing; start() does."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from pokestrator.claude.capacity import default_concurrency, share
+from pokestrator.claude.pool import Claude, Inline, Slots
+from pokestrator.delivery import Delivery
+from pokestrator.dispatcher import Dispatcher, owner_name
+from pokestrator.jobs import Acknowledgement, Job, NewJob
+from pokestrator.poke import Poke
+from pokestrator.service import RunPolicy, Service
+from pokestrator.settings import Settings
+from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.embedded import embedded_in
+from pokestrator.store.jobs import WAKE_CHANNEL, Jobs
+from pokestrator.store.migrate import migrate
+from pokestrator.store.pool import Database, Line
+from pokestrator.store.subagents import Subagents
+from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
+from pokestrator.subagents import Template
+from pokestrator.telemetry import get_logger
+
+log = get_logger(__name__)
+
+INLINE_LEASE_SECONDS = 3_600.0  # somebody may be stepping; nobody renews
+
+
+def database_url(settings: Settings) -> str:
+    """The database to use; starts or joins the embedded one when none is set. Raises StoreUnavailable."""
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return embedded_in(settings.data_dir).url
+
+
+def leave_embedded_database(settings: Settings) -> None:
+    """Stop the embedded PostgreSQL, if that is what we use and nobody else does."""
+    if settings.database_url is None:
+        embedded_in(settings.data_dir).leave()
+
+
+@dataclass
+class Application:
+    """One process's parts, wired."""
+
+    settings: Settings
+    database: Database
+    jobs: Jobs
+    subagents: Subagents
+    claude: Claude
+    delivery: Delivery
+    dispatcher: Dispatcher
+    service: Service
+    templates: tuple[Template, ...]
+    lines: tuple[Line, ...]
+
+    def start(self) -> None:
+        """Open connections, start threads and slots. Without its database it starts degraded (inline: raises)."""
+        for notice in notices(self.settings):
+            log.warning("notice", text=notice)
+        self.database.open()
+        if isinstance(self.claude, Slots):
+            self.claude.start()
+        if self.settings.inline:
+            self._prepare_inline()
+            return
+        self.delivery.start()
+        self.dispatcher.start()
+
+    def accept(self, job: NewJob) -> Acknowledgement:
+        """Take a job in. Raises TryAgainLater."""
+        if self.settings.inline:
+            return self.service.accept(job, lambda _work: False)
+        acknowledgement = self.service.accept(job, self.dispatcher.submit_from_memory)
+        self.dispatcher.wake()
+        return acknowledgement
+
+    def claim_here(self, job: NewJob) -> Job:
+        """Store a job that only this process will run."""
+        return self.jobs.insert_claimed(job, owner_name(), INLINE_LEASE_SECONDS)
+
+    def run_inline(self, job_id: uuid.UUID) -> None:
+        """Run an accepted job in this thread, callback included."""
+        self.service.run_now(job_id, owner_name(), INLINE_LEASE_SECONDS)
+
+    def degraded_because(self) -> str | None:
+        """Why the service is not whole, or None."""
+        return None if self.settings.inline else self.dispatcher.database_error
+
+    def request_drain(self, *, at_once: bool = False) -> None:
+        """Begin to leave. Safe in a signal handler."""
+        self.dispatcher.request_drain(at_once=at_once)
+
+    def close(self) -> None:
+        """Drain and leave nothing behind: no thread, process or connection."""
+        self.dispatcher.close()
+        self.claude.close()
+        self.delivery.close()
+        for line in self.lines:
+            line.close()
+        self.database.close()
+
+    def _prepare_inline(self) -> None:
+        prepare_database(self.database, self.subagents, self.templates)
+        log.info("PostgreSQL initialized and subagents table is ready")
+
+
+def build(
+    settings: Settings,
+    url: str,
+    *,
+    claude: Claude | None = None,
+    templates_folder: Path = TEMPLATES_FOLDER,
+) -> Application:
+    """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged."""
+    templates = _templates(templates_folder)
+    database = Database(url, min_size=settings.db_pool_min_size, max_size=settings.db_pool_max_size)
+    jobs, subagents = Jobs(database), Subagents(database)
+    claims, heartbeats = database.line(), database.line()
+    concurrency = concurrency_of(settings)
+    runs = claude or make_claude(settings, concurrency)
+    delivery = Delivery(Callbacks(database), make_poke(settings))
+    stopping = threading.Event()
+    service = Service(
+        jobs=jobs,
+        subagents=subagents,
+        templates=templates,
+        claude=runs,
+        delivery=delivery,
+        policy=RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build),
+        stopping=stopping,
+    )
+
+    def abort_runs() -> None:
+        stopping.set()
+        runs.close()
+
+    dispatcher = Dispatcher(
+        claims=Jobs(claims),
+        heartbeats=Jobs(heartbeats),
+        notifications=lambda stop: database.notifications(WAKE_CHANNEL, stop),
+        prepare=lambda: prepare_database(database, subagents, templates),
+        run=service.run_job,
+        abort_runs=abort_runs,
+        concurrency=concurrency,
+        drain_seconds=settings.drain_seconds,
+    )
+    return Application(
+        settings, database, jobs, subagents, runs, delivery, dispatcher, service, templates, (claims, heartbeats)
+    )
+
+
+def prepare_database(database: Database, subagents: Subagents, templates: tuple[Template, ...]) -> None:
+    """Apply migrations and let stored templates follow their files. Raises StoreUnavailable, MigrationChanged."""
+    for name in migrate(database):
+        log.info("migrated", migration=name)
+    for name in subagents.follow(templates):
+        log.info("template_followed", subagent=name)
+
+
+def concurrency_of(settings: Settings) -> int:
+    """Runs at once in one worker of the instance."""
+    workers = settings.web_concurrency
+    if settings.concurrency is not None:
+        return share(settings.concurrency, workers)
+    return default_concurrency(workers)
+
+
+def make_claude(settings: Settings, slots: int) -> Claude:
+    """Agent slots, or the caller's own thread when inline."""
+    environment = dict(settings.agent_environment)
+    given: dict[str, SecretStr | str | None] = {
+        "ANTHROPIC_API_KEY": settings.anthropic_api_key,
+        "CLAUDE_CODE_OAUTH_TOKEN": settings.claude_code_oauth_token,
+        "ANTHROPIC_BASE_URL": settings.anthropic_base_url,
+    }
+    for name, value in given.items():
+        if value is not None:
+            environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
+    return Inline(environment) if settings.inline else Slots(slots, environment)
+
+
+def make_poke(settings: Settings) -> Poke:
+    key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
+    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run)
+
+
+def notices(settings: Settings) -> list[str]:
+    """What the owner should know at start: settings that are fine to miss but leave something undone."""
+    found = []
+    if settings.anthropic_api_key is None and settings.claude_code_oauth_token is None:
+        found.append("neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set: every run will fail")
+    if settings.poke_api_key is None and not settings.poke_dry_run:
+        found.append(
+            "POKE_API_KEY is not set and POKE_DRY_RUN is off: jobs run, but results without a callback address of "
+            "their own wait until there is a key (make one at poke.com/kitchen)"
+        )
+    return found
+
+
+def _templates(folder: Path) -> tuple[Template, ...]:
+    templates, problems = load_templates(folder)
+    for problem in problems:
+        log.error("template_skipped", file=problem.file, reason=problem.reason)
+    return templates

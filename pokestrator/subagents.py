@@ -1,0 +1,116 @@
+"""A subagent: a name, a description and a system prompt, with the limits its runs keep.
+
+Templates, drafts and stored versions are all checked by the rules in this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from pokestrator.errors import InvalidDefinition
+
+# The ceiling: no template, draft or stored version can name a tool outside this list.
+Tool = Literal["Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebFetch", "WebSearch"]
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{2,47}$")]
+Hostname = Annotated[
+    str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$", max_length=253)
+]
+CredentialName = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]{1,63}$")]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2_000)]
+
+
+class Origin(StrEnum):
+    BUILT = "built"
+    TEMPLATE = "template"
+
+
+class Author(StrEnum):
+    """Who wrote a version."""
+
+    DRAFTER = "drafter"
+    TEMPLATE = "template"
+    OWNER = "owner"
+
+
+class Definition(BaseModel):
+    """What a version of a subagent says. Unset limits fall back to the service's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: Annotated[str, StringConstraints(strip_whitespace=True, min_length=20, max_length=1_000)]
+    system_prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=40, max_length=20_000)]
+    tools: tuple[Tool, ...] = ()
+    model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]@-]{0,99}$")] | None = None
+    max_turns: Annotated[int, Field(ge=1, le=100)] | None = None
+    timeout_seconds: Annotated[int, Field(ge=5, le=3_600)] | None = None
+    max_budget_usd: Annotated[float, Field(gt=0, le=100)] | None = None
+    credentials: tuple[CredentialName, ...] = ()
+    hosts: tuple[Hostname, ...] = ()
+
+    def digest(self) -> str:
+        """The same for equal definitions; tells whether a template's file has changed."""
+        canonical = json.dumps(self.model_dump(include=set(Definition.model_fields)), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Template(Definition):
+    """A subagent shipped as a file in templates/."""
+
+    name: Name
+    examples: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
+
+    def definition(self) -> Definition:
+        return Definition(**self.model_dump(include=set(Definition.model_fields)))
+
+
+class Draft(BaseModel):
+    """What the drafter answers: a new subagent. Its JSON Schema is what Claude is held to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[Name, Field(description="snake_case, what it does, e.g. flight_price_watcher")]
+    description: Annotated[str, StringConstraints(strip_whitespace=True, min_length=20, max_length=1_000)] = Field(
+        description="One or two sentences: which tasks it takes, in the words people use for them."
+    )
+    system_prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=40, max_length=20_000)] = Field(
+        description="How it works, what it returns on a phone screen, what it says when it has no access."
+    )
+    examples: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10)] = Field(
+        description="Tasks that people would send it, each as they would write it."
+    )
+    tools: tuple[Tool, ...] = Field(default=(), description="The tools it needs and no more.")
+
+    def definition(self) -> Definition:
+        return Definition(description=self.description, system_prompt=self.system_prompt, tools=self.tools)
+
+
+@dataclass(frozen=True)
+class Subagent:
+    """A stored subagent with its current version."""
+
+    id: int
+    name: str
+    origin: Origin
+    version: int
+    definition: Definition
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], value: Mapping[str, Any]) -> Model:
+    """`value` as a Template, Draft or Definition. Raises InvalidDefinition with one `field: reason` a problem."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise InvalidDefinition(
+            [f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
+        ) from error

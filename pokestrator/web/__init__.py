@@ -1,0 +1,1 @@
+"""Doors for machines and browsers. Flask lives in this package and nowhere else."""

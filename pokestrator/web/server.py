@@ -1,0 +1,53 @@
+"""gunicorn's side of the service: a worker that begins to drain when SIGTERM reaches it, and our logs for its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gunicorn.workers.gthread import ThreadWorker
+
+from pokestrator.bootstrap import Application
+from pokestrator.web.app import EXTENSION
+
+
+def application_of(worker: Any) -> Application | None:
+    """The Application that a gunicorn worker serves; None while it has not loaded it."""
+    app = getattr(worker, "wsgi", None)
+    return app.extensions[EXTENSION] if app is not None else None
+
+
+class Worker(ThreadWorker):
+    """gthread, told apart by when it stops claiming jobs: at the signal, not after its HTTP connections have ended."""
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        if application := application_of(self):
+            application.request_drain()
+        super().handle_exit(sig, frame)  # type: ignore[no-untyped-call]
+
+    def handle_quit(self, sig: int, frame: object) -> None:
+        if application := application_of(self):
+            application.request_drain(at_once=True)
+        super().handle_quit(sig, frame)  # type: ignore[no-untyped-call]
+
+
+class Logger:
+    """What gunicorn logs, sent through our own logging. It takes gunicorn's Config and asks nothing of it."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.error_log = logging.getLogger("gunicorn")
+        # gunicorn tells its life's story at INFO.
+        self.error_log.setLevel(max(logging.WARNING, logging.getLogger().level))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.error_log, name)
+
+    def access(self, *_: object) -> None:
+        """No access log: the service logs what was asked of it, with request ids."""
+
+    def reopen_files(self) -> None:
+        """We log to stderr only."""
+
+    def close_on_exec(self) -> None:
+        """We log to stderr only."""

@@ -1,0 +1,76 @@
+"""What the tests of agent runs share: requests for the scripted Messages API, and a view of the machine's processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pokestrator.claude import processes
+from pokestrator.runs import RunEvent, RunRequest
+
+KEY = "sk-ant-scripted-0123456789"
+
+
+def agent_environment(url: str, **more: str) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": url, **more}
+
+
+def scripted(*steps: Mapping[str, Any], **changes: Any) -> RunRequest:
+    """A request that the scripted API answers with `steps`."""
+    defaults: dict[str, Any] = {
+        "prompt": f"Task {uuid.uuid4()}. SCRIPT: {json.dumps(steps)}",
+        "system_prompt": "You are being tested.",
+        "model": "haiku",
+        "timeout_seconds": 8.0,
+        "tools": ("Bash",),
+    }
+    return RunRequest(**{**defaults, **changes})
+
+
+def bash(command: str) -> dict[str, Any]:
+    return {"tool": "Bash", "input": {"command": command, "description": "a test"}}
+
+
+def ignore(_: RunEvent) -> None:
+    pass
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
+    """Poll `condition`, for which there is no signal to wait on; its first true value, or its last false one."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return value
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def running(words: str) -> list[int]:
+    """Processes on this machine whose command line is exactly `words`, such as a sleep of a number of their own."""
+    return [p.pid for p in processes.all_processes().values() if p.alive and command_line(p.pid).strip() == words]
+
+
+def agents(pid: int | None = None) -> list[int]:
+    """The Claude CLIs that are alive below `pid` (default: the tests' own process)."""
+    return [p.pid for p in processes.descendants(pid) if "/_bundled/claude " in command_line(p.pid)]
+
+
+def slot_of(agent: int) -> int:
+    """The pid of the slot that has started this CLI."""
+    process = processes.look_up(agent)
+    assert process is not None
+    return process.parent
+
+
+def unique_sleep() -> str:
+    return f"sleep {900_000_000 + uuid.uuid4().int % 99_000_000}"

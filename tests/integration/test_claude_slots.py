@@ -1,0 +1,276 @@
+"""Agent slots as processes: what dies with what, and what must live on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pokestrator.claude import processes
+from pokestrator.claude.pool import Slots
+from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.runs import ErrorKind, RunRequest, RunResult
+from tests.integration.agent_runs import (
+    agent_environment,
+    agents,
+    bash,
+    ignore,
+    running,
+    scripted,
+    slot_of,
+    unique_sleep,
+    wait_until,
+)
+
+SLEEP = shutil.which("sleep") or "/bin/sleep"
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[MessagesApi]:
+    with MessagesApi() as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def slots(api: MessagesApi) -> Iterator[Slots]:
+    slots = Slots(2, agent_environment(api.url))
+    slots.start()
+    try:
+        yield slots
+    finally:
+        slots.close()
+    assert agents() == []
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def escaping(sleep: str) -> dict[str, object]:
+    """A command that leaves its session, its environment and its parent behind."""
+    return bash(f"env -i setsid nohup {sleep} >/dev/null 2>&1 & sleep 0.1; echo gone")
+
+
+def start(threads: ThreadPoolExecutor, slots: Slots, request: RunRequest, sleep: str) -> tuple[Future[RunResult], int]:
+    """Begin a run whose agent starts `sleep`; its future, and its CLI, once the sleep is there."""
+    before = set(agents())
+    future = threads.submit(slots.run, request, ignore)
+    assert wait_until(lambda: running(sleep), 6), f"the agent has not started {sleep}"
+    (agent,) = set(agents()) - before
+    return future, agent
+
+
+def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots) -> None:
+    sleep = unique_sleep()
+    seen: list[int] = []
+    result = slots.run(
+        scripted(escaping(sleep), {"text": "Done."}), lambda _: seen.extend(wait_until(lambda: running(sleep), 2))
+    )
+    assert result.text == "Done."
+    assert seen, "the process was never there"
+    assert running(sleep) == []
+
+
+def test_nothing_outlives_a_run_that_times_out(slots: Slots, threads: ThreadPoolExecutor) -> None:
+    sleep = unique_sleep()
+    began = time.monotonic()
+    future, _ = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=3), sleep)
+    assert future.result(5).error == ErrorKind.TIMEOUT
+    assert time.monotonic() - began < 4
+    assert running(sleep) == []
+
+
+def test_a_slot_that_is_killed_takes_no_other_run_with_it(slots: Slots, threads: ThreadPoolExecutor) -> None:
+    sleep, other_sleep = unique_sleep(), unique_sleep()
+    other, _ = start(threads, slots, scripted(escaping(other_sleep), {"text": "Fine.", "delay": 2}), other_sleep)
+    killed, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}), sleep)
+    os.kill(slot_of(agent), signal.SIGKILL)
+    assert killed.result(2).error == ErrorKind.AGENT_CRASHED
+    assert running(sleep) == []
+    assert running(other_sleep), "the other run's process was killed too"
+    assert other.result(5).text == "Fine."
+    both = [threads.submit(slots.run, scripted({"text": "Next."}), ignore) for _ in range(2)]
+    assert [future.result(9).text for future in both] == ["Next.", "Next."]
+    assert agents() == []
+
+
+def test_an_idle_slot_that_was_killed_is_replaced(api: MessagesApi, threads: ThreadPoolExecutor) -> None:
+    slots = Slots(1, agent_environment(api.url))
+    slots.start()
+    try:
+        future, agent = start(threads, slots, scripted(bash(sleep := unique_sleep()), timeout_seconds=3), sleep)
+        slot = slot_of(agent)
+        assert future.result(5).error == ErrorKind.TIMEOUT
+        os.kill(slot, signal.SIGKILL)
+        assert wait_until(lambda: (p := processes.look_up(slot)) is None or not p.alive, 2)
+        assert slots.run(scripted({"text": "Next."}), ignore).text == "Next."
+    finally:
+        slots.close()
+
+
+def test_a_frozen_slot_is_a_timeout_in_time(slots: Slots, threads: ThreadPoolExecutor) -> None:
+    sleep = unique_sleep()
+    began = time.monotonic()
+    future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=3), sleep)
+    os.kill(slot_of(agent), signal.SIGSTOP)
+    assert future.result(5).error == ErrorKind.TIMEOUT
+    assert time.monotonic() - began < 4
+    assert running(sleep) == []
+    assert agents() == []
+    assert slots.run(scripted({"text": "Next."}), ignore).text == "Next."
+
+
+def test_signals_for_the_service_do_not_end_a_run(slots: Slots, threads: ThreadPoolExecutor) -> None:
+    sleep = unique_sleep()
+    future, agent = start(threads, slots, scripted(escaping(sleep), {"text": "Done.", "delay": 1}), sleep)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(slot_of(agent), number)
+    assert os.getsid(agent) != os.getsid(0), "Ctrl-C in the service's terminal would reach the CLI"
+    assert future.result(5).text == "Done."
+
+
+def test_agents_inherit_no_ignored_signals(slots: Slots, api: MessagesApi) -> None:
+    slots.run(scripted(bash("grep -E 'Sig(Ign|Blk)' /proc/self/status"), {"text": "Done."}), ignore)
+    report = str(api.requests[-1].body["messages"])
+    masks = [int(report.split(f"{name}:")[1][2:18], 16) for name in ("SigIgn", "SigBlk")]
+    meant_to_end = sum(1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD))
+    assert [mask & meant_to_end for mask in masks] == [0, 0]
+
+
+def test_a_sweep_spares_what_is_not_of_the_run(slots: Slots, threads: ThreadPoolExecutor, tmp_path: Path) -> None:
+    sleep, before, meanwhile, database = (unique_sleep() for _ in range(4))
+    shutil.copy(SLEEP, tmp_path / "postgres")
+    started_before = subprocess.Popen(before.split(), start_new_session=True)
+    future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}), sleep)
+    started_meanwhile = subprocess.Popen(meanwhile.split())
+    # A server that makes itself a daemon during the run, as the embedded PostgreSQL does when it is started again.
+    subprocess.run(f"setsid {tmp_path}/postgres {database.split()[1]} >/dev/null 2>&1 &", shell=True, check=True)
+    daemon = wait_until(lambda: running(f"{tmp_path}/postgres {database.split()[1]}"), 2)
+    try:
+        os.kill(slot_of(agent), signal.SIGKILL)
+        assert future.result(2).error == ErrorKind.AGENT_CRASHED
+        assert running(sleep) == []
+        assert started_before.poll() is None
+        assert started_meanwhile.poll() is None
+        assert running(f"{tmp_path}/postgres {database.split()[1]}") == daemon
+    finally:
+        for pid in (started_before.pid, started_meanwhile.pid, *daemon):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_caller_waits_for_a_free_slot_no_longer_than_its_timeout(
+    api: MessagesApi, threads: ThreadPoolExecutor
+) -> None:
+    slots = Slots(1, agent_environment(api.url))
+    slots.start()
+    try:
+        sleep = unique_sleep()
+        first, _ = start(threads, slots, scripted(escaping(sleep), {"text": "First.", "delay": 2}), sleep)
+        second = threads.submit(slots.run, scripted({"text": "Second."}, timeout_seconds=0.5), ignore)
+        third = threads.submit(slots.run, scripted({"text": "Third."}), ignore)
+        assert second.result(1).error == ErrorKind.TIMEOUT
+        assert not first.done()
+        assert first.result(5).text == "First."
+        assert third.result(5).text == "Third."
+    finally:
+        slots.close()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["running", "frozen"])
+def test_close_ends_a_run_in_progress(api: MessagesApi, threads: ThreadPoolExecutor, frozen: bool) -> None:
+    slots = Slots(2, agent_environment(api.url))
+    slots.start()
+    sleep = unique_sleep()
+    future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}), sleep)
+    slot = slot_of(agent)
+    if frozen:
+        os.kill(slot, signal.SIGSTOP)
+    began = time.monotonic()
+    slots.close()
+    assert time.monotonic() - began < 2
+    result = future.result(1)
+    assert (result.error, result.detail) == (ErrorKind.AGENT_CRASHED, "the service is stopping")
+    assert running(sleep) == []
+    assert agents() == []
+    assert processes.below([slot], processes.all_processes()) == []
+    assert slots.run(scripted({"text": "Late."}), ignore).detail == "the service is stopping"
+
+
+# A service of its own, to be killed or, at a line on its standard input, to end.
+SERVICE = """
+import json, sys, threading
+from pokestrator.claude.pool import Slots
+from pokestrator.runs import RunRequest
+
+if __name__ == "__main__":
+    environment, request = json.loads(sys.argv[1])
+    slots = Slots(2, environment)
+    slots.start()
+    tell = lambda event: print(event.kind, flush=True)
+    threading.Thread(target=lambda: slots.run(RunRequest(**request), tell)).start()
+    sys.stdin.readline()
+    slots.close()
+    print("claude_agent_sdk" in sys.modules, flush=True)
+"""
+
+
+@pytest.fixture
+def service(api: MessagesApi, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    sleep = unique_sleep()
+    request = scripted(escaping(sleep), {"hang": 60}, timeout_seconds=30)
+    fields = {name: getattr(request, name) for name in ("prompt", "system_prompt", "model", "timeout_seconds", "tools")}
+    script = tmp_path / "service.py"
+    script.write_text(SERVICE)
+    command = [sys.executable, str(script), json.dumps([agent_environment(api.url), fields])]
+    root = Path(processes.__file__).parents[2]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    ) as service:
+        try:
+            assert wait_until(lambda: running(sleep), 10)
+            yield service, sleep
+        finally:
+            service.kill()
+
+
+def test_nothing_outlives_a_service_that_is_killed(service: tuple[subprocess.Popen[str], str]) -> None:
+    process, sleep = service
+    (agent,) = agents(process.pid)
+    everything = processes.descendants(process.pid)
+    folder = Path(f"/proc/{agent}/cwd").readlink().parent
+    assert folder.name.startswith("pokestrator-run-")
+    assert {agent, slot_of(agent)} < {each.pid for each in everything}
+    process.kill()
+    gone = wait_until(lambda: not any(_is_there(each) for each in everything), 2)
+    assert gone, [each for each in everything if _is_there(each)]
+    assert running(sleep) == []
+    assert not folder.exists()
+
+
+def test_a_service_can_end_while_a_slot_is_busy(service: tuple[subprocess.Popen[str], str]) -> None:
+    process, sleep = service
+    everything = processes.descendants(process.pid)
+    began = time.monotonic()
+    output, _ = process.communicate("stop\n", timeout=5)
+    assert time.monotonic() - began < 3
+    assert process.returncode == 0
+    assert output.split() == ["tool", "False"], "the service has loaded the SDK"
+    assert not any(_is_there(each) for each in everything)
+    assert running(sleep) == []
+
+
+def _is_there(process: processes.Process) -> bool:
+    current = processes.look_up(process.pid)
+    return current is not None and current.alive and current.identity == process.identity

@@ -1,0 +1,36 @@
+"""Builds the application for gunicorn. `python wsgi.py` serves it for stepping: each job in its request's own thread."""
+
+import os
+import sys
+
+from pokestrator import bootstrap
+from pokestrator.errors import SettingsError, StoreUnavailable
+from pokestrator.settings import process_settings
+from pokestrator.telemetry import configure_logging
+from pokestrator.web.app import EXTENSION, create_app
+
+if __name__ == "__main__":
+    os.environ["POKESTRATOR_INLINE"] = "1"
+
+try:
+    settings = process_settings()
+    settings.refuse_open_door()
+except SettingsError as error:
+    sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
+
+configure_logging(settings.log_level)
+try:
+    app = create_app(bootstrap.build(settings, bootstrap.database_url(settings)))
+except StoreUnavailable as error:
+    sys.exit(f"cannot start: {error}")
+
+if __name__ == "__main__":
+    try:
+        app.extensions[EXTENSION].start()
+        print(f"http://{settings.host}:{settings.port}{settings.mcp_path}, one process, for stepping", file=sys.stderr)
+        app.run(settings.host, settings.port, threaded=True, use_reloader=False)
+    except StoreUnavailable as error:
+        sys.exit(f"database init failed: {error}")
+    finally:
+        app.extensions[EXTENSION].close()
+        bootstrap.leave_embedded_database(settings)
