@@ -91,7 +91,7 @@ class Slots:
 
 
 class _Slot:
-    """One process that runs one request at a time, replaced when it dies. Only close() may come from a second thread."""
+    """One process with one run at a time, replaced when it dies. Only close() may come from a second thread."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
