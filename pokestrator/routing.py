@@ -16,7 +16,13 @@ from pokestrator.subagents import Template
 
 CLEAR = 0.6  # score from which a candidate may be taken
 MARGIN = 0.15  # how far it must stand above the next one
-FEWEST_SHARED = 3  # words in common with the description, where no example is like the task
+FEWEST_SHARED = 2  # words in common with the texts, where no example is like the task
+COVERAGE_WEIGHT = 0.9  # covering a task's words is worth a little less than being like an example
+
+# Words (as lexemes) that ask without saying for what; they neither count for a candidate nor against it.
+ASKING = frozenset(
+    "pleas show tell give get want need find help check make let know look could would like latest current today".split()
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class Decision:
 
 def score(candidate: Candidate) -> float:
     """0 to 1: how alike the most similar example is, or how much of the task its texts cover."""
-    coverage = len(candidate.shared) / candidate.task_size if candidate.task_size else 0.0
-    if len(candidate.shared) < FEWEST_SHARED:
-        coverage = min(coverage, CLEAR - 0.01)
-    return max(candidate.similarity, 0.9 * coverage)
+    asked_for = set(candidate.lexemes) - ASKING
+    shared = asked_for & set(candidate.shared)
+    coverage = len(shared) / len(asked_for) if len(shared) >= FEWEST_SHARED else 0.0
+    return max(candidate.similarity, COVERAGE_WEIGHT * coverage)
 
 
 def decide(candidates: Sequence[Candidate]) -> Decision:
@@ -62,7 +68,7 @@ def _measure(words: frozenset[str], template: Template) -> Candidate:
     known = _words(" ".join([template.name.replace("_", " "), template.description, *template.examples]))
     examples = [_words(example) for example in template.examples]
     similarity = max((len(words & e) / len(words | e) for e in examples if words | e), default=0.0)
-    return Candidate(template.name, False, tuple(sorted(words & known)), len(words), similarity)
+    return Candidate(template.name, False, tuple(sorted(words)), tuple(sorted(words & known)), similarity)
 
 
 def _words(text: str) -> frozenset[str]:

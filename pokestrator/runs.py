@@ -98,7 +98,7 @@ _SENTENCES = {
     ErrorKind.TURN_LIMIT: "I couldn't finish this within the allowed number of steps; try a smaller task.",
     ErrorKind.BUDGET_LIMIT: "I couldn't finish this within its budget; try a smaller task.",
     ErrorKind.REFUSAL: "Claude declined to do this task; if that seems wrong, try saying it another way.",
-    ErrorKind.INVALID_DRAFT: "I couldn't build a working subagent for this; try describing the task in other words.",
+    ErrorKind.INVALID_DRAFT: "I couldn't build what this needs; try describing the task in other words.",
     ErrorKind.INTERRUPTED: "This task was interrupted three times and was given up; please send it again.",
     ErrorKind.NOT_STORED: "My memory is away and I have nothing at hand for this; please send it again later.",
     ErrorKind.INTERNAL: "Something went wrong on my side and this was not done; please send it again.",

@@ -57,10 +57,12 @@ def is_loopback(host: str) -> bool:
 
 def is_safe_url(url: str) -> bool:
     """https anywhere, plain http on this machine only."""
-    parts = urlsplit(url)
-    return bool(parts.hostname) and (
-        parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
-    )
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:  # brackets that do not close, a port beyond 65,535
+        return False
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
 
 
 def _check_url(value: object) -> object:
@@ -91,7 +93,8 @@ HttpUrl = Annotated[str, BeforeValidator(_check_url)]
 class Settings(BaseModel):
     """Every setting, checked. Field aliases are the environment's names, in the order they are tried."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # An error that shows its input would show a database URL with its password.
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     # Where we listen
     host: str = Field("127.0.0.1", alias="HOST", description="address to listen on")
@@ -184,7 +187,11 @@ class Settings(BaseModel):
         "INFO", alias="LOG_LEVEL", description="least severe events that are logged"
     )
 
-    agent_environment: dict[str, str] = Field(default_factory=dict, description="set by from_environ, not by a name")
+    agent_environment: dict[str, str] = Field(
+        default_factory=dict,
+        repr=False,  # the address of a proxy can hold a password
+        description="set by from_environ, not by a name",
+    )
 
     @model_validator(mode="after")
     def _pool_sizes_agree(self) -> Settings:

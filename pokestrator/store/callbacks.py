@@ -17,14 +17,15 @@ from pokestrator.store.pool import ConnectionSource
 
 HOLD_SECONDS = 60  # longer than one POST can take
 
+# ARRAY(…) has the subquery run once; with IN the planner may run it for each row, and the limit is not kept.
 CLAIM_DUE = """
 UPDATE callbacks SET attempts = attempts + 1, lease_until = now() + make_interval(secs => %(hold)s)
 FROM jobs
-WHERE jobs.id = callbacks.job_id AND callbacks.id IN (
+WHERE jobs.id = callbacks.job_id AND callbacks.id = ANY (ARRAY(
     SELECT id FROM callbacks
     WHERE state = 'pending' AND next_attempt_at <= now() AND (lease_until IS NULL OR lease_until < now())
         AND channel = ANY (%(channels)s::channel[]) AND (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s)
-    ORDER BY next_attempt_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    ORDER BY next_attempt_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
 RETURNING callbacks.*, jobs.callback_url, jobs.callback_token, left(jobs.task, 200) AS task"""
 
 DELIVERED = """

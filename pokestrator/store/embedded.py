@@ -19,6 +19,8 @@ from pokestrator.errors import StoreUnavailable
 from pokestrator.settings import minimal_environment
 
 START_SECONDS = 60
+# The database's sorting and letters must not depend on who happened to create it; glibc and musl both have this one.
+LOCALE = {"LC_ALL": "C.UTF-8"} if sys.platform == "linux" else {}
 
 
 class EmbeddedPostgres:
@@ -59,7 +61,7 @@ def _in_own_process(action: str, folder: Path) -> str:
         done = subprocess.run(
             [sys.executable, "-m", __name__, action, str(folder)],
             check=False,
-            env=minimal_environment(),
+            env=minimal_environment() | LOCALE,
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -26,13 +26,15 @@ INSERT INTO jobs (id, task, metadata, caller, channel, callback_url, callback_to
 VALUES (%(id)s, %(task)s, %(metadata)s, %(caller)s, %(channel)s, %(callback_url)s, %(callback_token)s)"""
 
 # A claim makes the run's owner, its lease and its fence in one step; rows that others are claiming are passed over.
+# ARRAY(…) has the subquery run once. As `id IN (SELECT … LIMIT …)` the planner may run it again for each row, and the
+# limit is not kept.
 CLAIM = """
 UPDATE jobs SET state = 'running', claim_seq = claim_seq + 1, owner = %(owner)s,
     lease_until = now() + make_interval(secs => %(lease)s), started_at = coalesce(started_at, now())
-WHERE id IN (
+WHERE id = ANY (ARRAY(
     SELECT id FROM jobs
     WHERE state = 'queued' AND run_at <= now() AND (%(id)s::uuid IS NULL OR id = %(id)s)
-    ORDER BY run_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    ORDER BY run_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
 RETURNING *"""
 
 RENEW = """
@@ -49,18 +51,18 @@ RETURNING jobs.id"""
 
 REQUEUE_EXPIRED = """
 UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now(), interruptions = interruptions + 1
-WHERE id IN (
+WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() AND interruptions + 1 < %(most)s
-    ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED)
+    ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED))
 RETURNING id"""
 
 FAIL_INTERRUPTED = """
 UPDATE jobs SET state = 'failed', owner = NULL, lease_until = NULL, finished_at = now(),
     interruptions = interruptions + 1, result = %(text)s, error_kind = 'interrupted',
     error_detail = 'its run was interrupted too often'
-WHERE id IN (
+WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() AND interruptions + 1 >= %(most)s
-    ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED)
+    ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED))
 RETURNING id, channel"""
 
 FINISH = """

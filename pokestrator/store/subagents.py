@@ -26,7 +26,7 @@ INSERT_EXAMPLE = "INSERT INTO subagent_examples (subagent_id, task) VALUES (%s, 
 
 # The name's words, the description and the examples: `document` here and in CANDIDATES must be made alike.
 REFRESH_SEARCH = """
-UPDATE subagents SET search = to_tsvector('english', concat_ws(' ', replace(subagents.name, '_', ' '), v.description,
+UPDATE subagents SET search = searchable(concat_ws(' ', replace(subagents.name, '_', ' '), v.description,
     (SELECT string_agg(task, ' ') FROM subagent_examples e WHERE e.subagent_id = subagents.id)))
 FROM subagent_versions v
 WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagents.version"""
@@ -44,12 +44,12 @@ WITH task AS (
     SELECT lexemes, coalesce((SELECT string_agg(quote_lexeme, ' | ') FROM (
             SELECT '''' || replace(replace(l, '\\', '\\\\'), '''', '''''') || '''' AS quote_lexeme
             FROM unnest(lexemes) l) q), '')::tsquery AS any_of
-    FROM (SELECT tsvector_to_array(to_tsvector('english', %(task)s)) AS lexemes) t
+    FROM (SELECT tsvector_to_array(searchable(%(task)s)) AS lexemes) t
 ), stored AS (
     SELECT s.id, s.name, s.search FROM subagents s, task
     WHERE s.search @@ task.any_of ORDER BY ts_rank(s.search, task.any_of) DESC, s.id LIMIT %(limit)s
 ), templates AS (
-    SELECT t.name, t.examples, to_tsvector('english', concat_ws(' ', replace(t.name, '_', ' '), t.description,
+    SELECT t.name, t.examples, searchable(concat_ws(' ', replace(t.name, '_', ' '), t.description,
         (SELECT string_agg(e, ' ') FROM jsonb_array_elements_text(t.examples) e))) AS search
     FROM jsonb_to_recordset(%(templates)s) AS t (name text, description text, examples jsonb)
     WHERE t.name NOT IN (SELECT name FROM subagents)
@@ -60,13 +60,12 @@ WITH task AS (
     FROM stored
     UNION ALL
     SELECT name, false, search,
-        ARRAY(SELECT tsvector_to_array(to_tsvector('english', e))::text FROM jsonb_array_elements_text(examples) e)
+        ARRAY(SELECT tsvector_to_array(searchable(e))::text FROM jsonb_array_elements_text(examples) e)
     FROM templates
 )
-SELECT name, is_stored,
+SELECT name, is_stored, task.lexemes,
     ARRAY(SELECT unnest(task.lexemes) INTERSECT SELECT unnest(tsvector_to_array(candidates.search)) ORDER BY 1)
         AS shared,
-    cardinality(task.lexemes) AS task_size,
     coalesce((SELECT max(
         (SELECT count(*) FROM unnest(e::text[]) l WHERE l = ANY (task.lexemes))::float
         / nullif((SELECT count(DISTINCT l) FROM unnest(e::text[] || task.lexemes) l), 0))
@@ -78,14 +77,14 @@ FROM candidates, task"""
 class Candidate:
     """A stored subagent or a template, measured against a task.
 
-    `shared`: the task's lexemes that stand in its name, description or examples, of `task_size` in all.
+    `lexemes`: the task's own; `shared`: those of them that stand in the candidate's name, description or examples.
     `similarity`: 0 to 1, of the task and its most similar example (Jaccard index of their lexemes).
     """
 
     name: str
     is_stored: bool
+    lexemes: tuple[str, ...]
     shared: tuple[str, ...]
-    task_size: int
     similarity: float
 
 
@@ -101,7 +100,7 @@ class Subagents:
         with self._source.connection() as connection:
             values = {"task": task, "limit": SHORTLIST, "templates": Jsonb(described)}
             return [
-                Candidate(row["name"], row["is_stored"], tuple(row["shared"]), row["task_size"], row["similarity"])
+                Candidate(row["name"], row["is_stored"], tuple(row["lexemes"]), tuple(row["shared"]), row["similarity"])
                 for row in connection.execute(CANDIDATES, values)
             ]
 

@@ -26,7 +26,7 @@ def scripted(*steps: Mapping[str, Any], **changes: Any) -> RunRequest:
         "prompt": f"Task {uuid.uuid4()}. SCRIPT: {json.dumps(steps)}",
         "system_prompt": "You are being tested.",
         "model": "haiku",
-        "timeout_seconds": 8.0,
+        "timeout_seconds": 20.0,  # ample: a busy machine takes seconds to warm a slot
         "tools": ("Bash",),
     }
     return RunRequest(**{**defaults, **changes})

@@ -10,6 +10,13 @@ CREATE TYPE error_kind AS ENUM (
     'no_output', 'turn_limit', 'budget_limit', 'refusal', 'invalid_draft', 'interrupted', 'not_stored', 'internal'
 );
 
+-- How tasks, examples and descriptions are read for search: an address says only that there is a link, and numbers
+-- (amounts, dates) do not tell kinds of tasks apart.
+CREATE FUNCTION searchable(words text) RETURNS tsvector LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT to_tsvector('english'::regconfig,
+        regexp_replace(regexp_replace(words, 'https?://\S+|www\.\S+', ' link ', 'gi'), '\y\d+\y', ' ', 'g'))
+$$;
+
 CREATE TABLE subagents (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name text NOT NULL UNIQUE CHECK (name ~ '^[a-z][a-z0-9_]{2,47}$'),
@@ -44,7 +51,7 @@ ALTER TABLE subagents ADD FOREIGN KEY (id, version) REFERENCES subagent_versions
 CREATE TABLE subagent_examples (
     subagent_id bigint NOT NULL REFERENCES subagents ON DELETE CASCADE,
     task text NOT NULL CHECK (length(task) BETWEEN 1 AND 2000),
-    search tsvector GENERATED ALWAYS AS (to_tsvector('english'::regconfig, task)) STORED,
+    search tsvector GENERATED ALWAYS AS (searchable(task)) STORED,
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (subagent_id, task)
 );

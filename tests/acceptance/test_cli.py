@@ -1,0 +1,157 @@
+"""`python -m pokestrator run` and `templates check`, and `python wsgi.py`, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+import requests
+
+from pokestrator.demo.inbox import Inbox
+from pokestrator.demo.local import ROOT, call_orchestrate
+from pokestrator.demo.messages_api import MessagesApi
+from tests.acceptance.processes import eventually, living
+
+Environment = dict[str, str]
+
+
+def pokestrator(*arguments: str, environment: Environment, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pokestrator", *arguments],
+        env=environment,
+        cwd=ROOT,
+        input=stdin,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_run_prints_the_result_on_stdout_and_progress_on_stderr(service_environment: Environment, inbox: Inbox) -> None:
+    task = 'Feed the parrots SCRIPT:[{"text": "Three parrots, 120 g of seeds.", "for": "run"}]'
+    done = pokestrator("run", task, environment={**service_environment, "POKESTRATOR_AFTER_BUILD": "run"})
+    assert (done.returncode, done.stdout) == (0, "Three parrots, 120 g of seeds.\n"), done.stderr
+    assert "routed" in done.stderr
+    assert "finished  succeeded" in done.stderr
+    assert inbox.received == []  # asked for at a terminal: nobody is texted
+
+
+def test_run_reads_a_task_from_standard_input(service_environment: Environment) -> None:
+    done = pokestrator("run", "-", environment=service_environment, stdin="Show me my Stripe payouts\n")
+    assert done.returncode == 0, done.stderr
+    assert "Show me my Stripe payouts" in done.stdout
+
+
+def test_a_failed_run_says_why_and_exits_1(service_environment: Environment) -> None:
+    task = 'Show me my Stripe payouts SCRIPT:[{"status": 401, "type": "authentication_error", "message": "no"}]'
+    done = pokestrator("run", task, environment=service_environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "refused this service's key" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "code", "said"),
+    [
+        ("   ", {}, 2, "task_description: is empty"),
+        ("hello", {"POKESTRATOR_AFTER_BUILD": "maybe"}, 2, "POKESTRATOR_AFTER_BUILD=maybe"),
+        ("hello", {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none"}, 3, "database init failed: "),
+    ],
+)
+def test_what_is_not_accepted_names_the_fix(
+    service_environment: Environment, task: str, changed: Environment, code: int, said: str
+) -> None:
+    done = pokestrator("run", task, environment={**service_environment, **changed})
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_cancels_a_run_and_leaves_no_process(
+    service_environment: Environment, messages_api: MessagesApi, database_url: str
+) -> None:
+    marker = "run-ctrl-c"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pokestrator", "run", 'Show me my Stripe payouts SCRIPT:[{"hang": 60}]'],
+        env={**service_environment, "LANG": marker},
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert messages_api.wait_for_requests(1, 30)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert eventually(lambda: not living(marker)), living(marker)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT state FROM jobs").fetchall() == [("cancelled",)]
+
+
+def test_run_works_on_an_embedded_database_that_keeps_what_was_built(
+    service_environment: Environment,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="pokestrator-run-", ignore_cleanup_errors=True) as folder:
+        environment = {**service_environment, "DATABASE_URL": "", "POKESTRATOR_DATA_DIR": f"{folder}/data"}
+        task = "Compose a haiku about the harbour at dawn"
+        first = pokestrator("run", task, environment=environment)
+        second = pokestrator("run", task, environment=environment)
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+        assert "build_new" in first.stderr
+        assert "match" in second.stderr
+        assert eventually(lambda: not living(folder)), living(folder)
+
+
+def test_templates_check_passes_for_the_shipped_ones_and_fails_for_a_broken_one(
+    service_environment: Environment, tmp_path: Path
+) -> None:
+    assert pokestrator("templates", "check", environment=service_environment).returncode == 0
+    broken = {"name": "broken", "description": "short", "system_prompt": "x" * 50}
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    done = pokestrator("templates", "check", str(tmp_path), environment=service_environment)
+    assert done.returncode == 1
+    assert "broken.json: description:" in done.stderr
+
+
+def test_wsgi_runs_each_job_in_its_requests_own_thread(service_environment: Environment, inbox: Inbox) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "wsgi.py"],
+        env={**service_environment, "PORT": free_port()},
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        url = next(line for line in process.stderr if "/mcp" in line).split(",")[0]
+        drain = threading.Thread(target=process.stderr.read)
+        drain.start()
+        assert eventually(lambda: answers(url), 10)
+        key = {"Authorization": f"Bearer {service_environment['POKESTRATOR_API_KEY']}"}
+        call_orchestrate(url, {"task_description": "Show me my Stripe payouts"}, key)
+        assert len(inbox.wait_for(1, 30)) == 1
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(20)
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url.replace("/mcp", "/healthz"), timeout=2).status_code == 200
+    except requests.ConnectionError:
+        return False

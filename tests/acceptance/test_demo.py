@@ -1,0 +1,65 @@
+"""`python -m pokestrator demo`, as a stranger runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+from pokestrator.demo.local import ROOT
+from pokestrator.settings import minimal_environment
+from tests.acceptance.processes import eventually, living
+
+
+def run_demo(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """The finished demo, and a marker that all of its processes carry."""
+    marker = f"demo-{uuid.uuid4().hex}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pokestrator", "demo", *arguments],
+        env={**minimal_environment(), "LANG": marker, **environment},
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    return done, marker
+
+
+def test_demo_tells_the_whole_story_and_leaves_no_process() -> None:
+    done, marker = run_demo()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SCRIPTED" in done.stdout
+    assert len(re.findall(r"ack in [\d.]+ ms: accepted, request [0-9a-f-]{36}", done.stdout)) == 3
+    assert re.findall(r"routed +(\w+):", done.stdout) == ["template", "build_new", "match"]
+    assert done.stdout.count("← callback after") == 3
+    assert "stripe_analyst (template)" in done.stdout
+    built = re.search(r"built +(\w+):", done.stdout)
+    assert built is not None
+    assert f"match: {built[1]}" in done.stdout
+    assert f"{built[1]} (built)" in done.stdout
+    assert eventually(lambda: not living(marker)), living(marker)
+
+
+def test_demo_ignores_the_owners_database_and_poke_settings(tmp_path: Path) -> None:
+    owners = {
+        "DATABASE_URL": "postgresql://owner@127.0.0.1:1/never",
+        "POKE_API_KEY": "pk-of-the-owner",
+        "POKE_WEBHOOK_URL": "not even a url",
+        "POKESTRATOR_DATA_DIR": str(tmp_path / "owner"),
+        "PORT": "no number",
+    }
+    done, _ = run_demo("--task", "Name three rivers that flow into the Baltic Sea", **owners)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "owner").exists()
+    assert re.findall(r"routed +(\w+):", done.stdout) == ["build_new", "match"]
+
+
+def test_demo_that_fails_says_where_and_exits_non_zero() -> None:
+    unreachable = {"ANTHROPIC_API_KEY": "sk-x", "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}
+    done, marker = run_demo(**unreachable)
+    assert done.returncode == 1
+    assert "demo failed: a task that a template fits ended as failed: unreachable" in done.stderr
+    assert eventually(lambda: not living(marker)), living(marker)

@@ -1,0 +1,253 @@
+"""Subagents on real PostgreSQL: adopting, building, following files, and finding the one that fits a task."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pokestrator.jobs import Route
+from pokestrator.routing import Decision, decide
+from pokestrator.store.subagents import Candidate, Subagents
+from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
+from pokestrator.subagents import Author, Origin, Template
+from tests.integration.flow import POET_TASK, UNFITTING_TASK, draft, poet, row, rows
+
+SHIPPED, _ = load_templates(TEMPLATES_FOLDER)
+LIMERICK = "Write a limerick about zebra stripes"
+
+
+def examples_of(url: str, name: str) -> set[str]:
+    query = "SELECT task FROM subagent_examples e JOIN subagents s ON s.id = e.subagent_id WHERE s.name = %s"
+    return {found["task"] for found in rows(url, query, name)}
+
+
+def authors_of(url: str, name: str) -> list[str]:
+    query = "SELECT author FROM subagent_versions v JOIN subagents s ON s.id = v.subagent_id WHERE s.name = %s"
+    return [found["author"] for found in rows(url, f"{query} ORDER BY v.version", name)]
+
+
+def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
+    """The results of `count` threads that do `work` at the same time."""
+    together = threading.Barrier(count)
+
+    def run(_: int) -> Any:
+        together.wait()
+        return work()
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))
+
+
+def candidate(subagents: Subagents, task: str, name: str, templates: tuple[Template, ...] = ()) -> Candidate | None:
+    found = [each for each in subagents.candidates(task, templates) if each.name == name]
+    assert len(found) <= 1, "a candidate is listed once"
+    return found[0] if found else None
+
+
+def decision(subagents: Subagents, task: str, templates: tuple[Template, ...] = ()) -> Decision:
+    return decide(subagents.candidates(task, templates))
+
+
+def write_owner_version(url: str, name: str) -> None:
+    """What the owner's edit will look like: a version of their own, made current."""
+    with_owner = """
+    INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, model, max_turns,
+        timeout_seconds, max_budget_usd, credentials, hosts, digest)
+    SELECT subagent_id, v.version + 1, 'owner', 'The owner wrote this description.', system_prompt, tools, model,
+        max_turns, timeout_seconds, max_budget_usd, credentials, hosts, 'owner'
+    FROM subagent_versions v JOIN subagents s ON s.id = v.subagent_id AND s.version = v.version WHERE s.name = %s"""
+    rows(url, with_owner, name)
+    rows(url, "UPDATE subagents SET version = version + 1 WHERE name = %s", name)
+
+
+# storing -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adopted_template_is_a_subagent_that_says_what_its_file_says(subagents: Subagents, database_url: str) -> None:
+    template = poet(timeout_seconds=40, max_turns=5, model="haiku", hosts=("sea.example",), credentials=("SEA_KEY",))
+    adopted = subagents.adopt(template)
+    assert adopted == subagents.get("sea_poet")
+    assert (adopted.origin, adopted.version, adopted.definition) == (Origin.TEMPLATE, 1, template.definition())
+    assert examples_of(database_url, "sea_poet") == set(template.examples)
+    assert authors_of(database_url, "sea_poet") == [Author.TEMPLATE]
+
+
+def test_a_template_that_is_adopted_twice_is_one_subagent(subagents: Subagents) -> None:
+    assert subagents.adopt(poet()) == subagents.adopt(poet())
+    assert len(subagents.all()) == 1
+
+
+def test_a_template_that_eight_threads_adopt_at_once_is_one_subagent(subagents: Subagents, database_url: str) -> None:
+    adopted = at_once(8, lambda: subagents.adopt(poet()))
+    assert {subagent.id for subagent in adopted} == {subagents.all()[0].id}
+    assert authors_of(database_url, "sea_poet") == ["template"]
+
+
+def test_the_task_that_caused_a_subagent_is_its_first_example(subagents: Subagents, database_url: str) -> None:
+    built = subagents.build(draft("scarf_coder"), UNFITTING_TASK)
+    assert (built.origin, built.version) == (Origin.BUILT, 1)
+    assert examples_of(database_url, "scarf_coder") == {UNFITTING_TASK, "Please do scarf coder"}
+    assert authors_of(database_url, "scarf_coder") == ["drafter"]
+
+
+def test_a_long_cause_is_kept_to_its_first_2000_characters(subagents: Subagents, database_url: str) -> None:
+    subagents.build(draft("long_reader"), "é" * 20_000)
+    assert "é" * 2_000 in examples_of(database_url, "long_reader")
+
+
+def test_two_threads_that_build_one_name_at_once_end_with_one_subagent_that_knows_both_tasks(
+    subagents: Subagents, database_url: str
+) -> None:
+    tasks = [f"Knit scarf number {word} in Morse code" for word in ("one", "two")]
+    waiting = list(tasks)
+    built = at_once(2, lambda: subagents.build(draft("scarf_coder"), waiting.pop()))
+    assert built[0].id == built[1].id
+    assert [subagent.name for subagent in subagents.all()] == ["scarf_coder"]
+    assert set(tasks) <= examples_of(database_url, "scarf_coder")
+    assert authors_of(database_url, "scarf_coder") == ["drafter"]
+
+
+def test_a_name_that_is_not_stored_is_none(subagents: Subagents) -> None:
+    assert subagents.get("sea_poet") is None
+
+
+# following files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_template_whose_file_changed_gets_a_new_version(subagents: Subagents, database_url: str) -> None:
+    first = subagents.adopt(poet())
+    changed = poet(description="Writes short poems about volcanoes.", examples=("A haiku on lava",))
+    assert subagents.follow((changed,)) == ["sea_poet"]
+    now = subagents.get("sea_poet")
+    assert now is not None
+    assert (now.id, now.version, now.definition) == (first.id, 2, changed.definition())
+    assert authors_of(database_url, "sea_poet") == ["template", "template"]
+    assert "A haiku on lava" in examples_of(database_url, "sea_poet")
+    assert candidate(subagents, "Tell me of a volcano", "sea_poet") is not None
+    assert subagents.follow((changed,)) == []
+
+
+def test_a_template_whose_file_is_unchanged_gets_no_new_version(subagents: Subagents, database_url: str) -> None:
+    subagents.adopt(poet())
+    assert subagents.follow((poet(),)) == []
+    assert authors_of(database_url, "sea_poet") == ["template"]
+
+
+def test_a_template_that_was_never_adopted_is_not_stored_by_following(subagents: Subagents) -> None:
+    assert subagents.follow((poet(),)) == []
+    assert subagents.all() == []
+
+
+def test_what_the_owner_wrote_is_never_replaced_by_the_file(subagents: Subagents, database_url: str) -> None:
+    subagents.adopt(poet())
+    write_owner_version(database_url, "sea_poet")
+    assert subagents.follow((poet(description="Writes short poems about volcanoes."),)) == []
+    now = subagents.get("sea_poet")
+    assert now is not None
+    assert (now.version, now.definition.description) == (2, "The owner wrote this description.")
+
+
+def test_a_built_subagent_does_not_follow_a_template_of_its_name(subagents: Subagents) -> None:
+    built = subagents.build(draft("sea_poet"), UNFITTING_TASK)
+    assert subagents.follow((poet(),)) == []
+    assert subagents.get("sea_poet") == built
+
+
+def test_eight_threads_that_follow_at_once_make_one_new_version(subagents: Subagents, database_url: str) -> None:
+    subagents.adopt(poet())
+    changed = poet(description="Writes short poems about volcanoes.")
+    followed = at_once(8, lambda: subagents.follow((changed,)))
+    assert sorted(followed) == [[]] * 7 + [["sea_poet"]]
+    assert authors_of(database_url, "sea_poet") == ["template", "template"]
+
+
+# finding -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_subagent_is_found_by_the_words_of_its_example(subagents: Subagents) -> None:
+    subagents.build(draft("fibre_artist"), UNFITTING_TASK)
+    found = candidate(subagents, "knitting in Morse, please", "fibre_artist")
+    assert found is not None
+    assert found.is_stored
+    assert {"knit", "mors"} <= set(found.shared)
+
+
+def test_templates_are_candidates_beside_stored_subagents_and_once_stored_only_there(subagents: Subagents) -> None:
+    template = poet()
+    before = candidate(subagents, POET_TASK, "sea_poet", (template,))
+    subagents.adopt(template)
+    after = candidate(subagents, POET_TASK, "sea_poet", (template,))
+    assert before is not None
+    assert after is not None
+    assert (before.is_stored, after.is_stored) == (False, True)
+    assert (before.shared, before.similarity) == (after.shared, after.similarity)
+    assert before.similarity == 1
+
+
+def test_a_stored_subagent_that_shares_no_word_is_no_candidate(subagents: Subagents) -> None:
+    subagents.adopt(poet())
+    assert candidate(subagents, UNFITTING_TASK, "sea_poet") is None
+
+
+def test_the_task_that_caused_a_subagent_matches_it_the_second_time(subagents: Subagents) -> None:
+    first = decision(subagents, UNFITTING_TASK, SHIPPED)
+    subagents.build(draft("scarf_coder"), UNFITTING_TASK)
+    second = decision(subagents, UNFITTING_TASK, SHIPPED)
+    assert first.route is Route.BUILD_NEW
+    assert (second.route, second.name) == (Route.MATCH, "scarf_coder")
+
+
+def test_the_example_of_a_shipped_template_takes_that_template_and_then_its_subagent(subagents: Subagents) -> None:
+    template = SHIPPED[0]
+    task = template.examples[0]
+    first = decision(subagents, task, SHIPPED)
+    subagents.adopt(template)
+    second = decision(subagents, task, SHIPPED)
+    assert (first.route, first.name) == (Route.TEMPLATE, template.name)
+    assert (second.route, second.name) == (Route.MATCH, template.name)
+
+
+def test_a_limerick_about_zebra_stripes_is_no_task_for_the_stripe_analyst(subagents: Subagents) -> None:
+    assert decision(subagents, LIMERICK, SHIPPED).route is Route.BUILD_NEW
+    for template in SHIPPED:
+        subagents.adopt(template)
+    assert decision(subagents, LIMERICK, SHIPPED).route is Route.BUILD_NEW
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "the and of it to be or not",
+        "🦓🦓🦓",
+        "'",
+        "it's a 'quoted' \\ \"task\" with ''' and \\' and \\\\",
+        "a & b | !c <-> d:*",
+        "%s %(task)s {} $1 $$",
+        "请把这段文字翻译成英文",
+        "x" * 20_000,
+        "wörd " * 4_000,
+        " ".join(f"word{number}" for number in range(2_200)),
+        "\n\t \u00a0\u200b",
+        "https://example.com/?q='%27&x=\\",
+    ],
+    ids=lambda task: ascii(task)[:20],
+)
+def test_an_odd_task_is_decided_like_any_other(subagents: Subagents, database_url: str, task: str) -> None:
+    subagents.adopt(poet())
+    assert decision(subagents, task, SHIPPED).route is Route.BUILD_NEW
+    # Stored as an example it does no harm either.
+    subagents.build(draft("odd_task_taker"), task)
+    decision(subagents, task, SHIPPED)
+    found = decision(subagents, POET_TASK, SHIPPED)
+    assert (found.route, found.name) == (Route.MATCH, "sea_poet")
+
+
+def test_a_subagent_is_gone_with_all_it_knew(subagents: Subagents, database_url: str) -> None:
+    subagents.adopt(poet())
+    rows(database_url, "DELETE FROM subagents")
+    assert row(database_url, "SELECT count(*) AS left FROM subagent_versions")["left"] == 0
+    assert row(database_url, "SELECT count(*) AS left FROM subagent_examples")["left"] == 0
