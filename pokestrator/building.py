@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
+from pokestrator.errors import InvalidDefinition
 from pokestrator.runs import RunRequest, RunResult
 from pokestrator.subagents import Draft, Tool, parse
 
 DRAFT_SECONDS = 60
 DRAFT_BUDGET_USD = 0.25
 DRAFT_TURNS = 6  # the structured answer is a tool call, and a refused one may be tried again
+_OUR_TAGS = re.compile(r"<(?=\s*/?\s*(?:task|metadata)\b)", re.IGNORECASE)
 
 SYSTEM_PROMPT = f"""\
 You design subagents for an assistant that people reach by text message. A subagent is a name, a description and a
@@ -55,15 +58,18 @@ def draft_request(
 def read_draft(result: RunResult, template_names: Collection[str]) -> Draft:
     """Check the drafter's answer by our own rules. Raises InvalidDefinition naming field and reason."""
     draft = parse(Draft, result.structured or {})
+    texts = {"description": [draft.description], "system_prompt": [draft.system_prompt], "examples": draft.examples}
+    if problems := [f"{field}: holds a NUL character" for field, said in texts.items() if "\x00" in "".join(said)]:
+        raise InvalidDefinition(problems)  # PostgreSQL cannot store it
     if draft.name in template_names:  # it would hide the template
         draft = draft.model_copy(update={"name": f"{draft.name[:42]}_built"})
     return draft
 
 
 def task_text(task: str, metadata: str | Mapping[str, Any]) -> str:
-    """A task as an agent sees it."""
-    text = f"<task>\n{task}\n</task>"
+    """A task as an agent sees it. Nothing in it can close or open these tags: their like in the text are escaped."""
+    text = f"<task>\n{_OUR_TAGS.sub('&lt;', task)}\n</task>"
     if metadata:
         shown = metadata if isinstance(metadata, str) else json.dumps(metadata, ensure_ascii=False)
-        text += f"\n\n<metadata>\n{shown}\n</metadata>"
+        text += f"\n\n<metadata>\n{_OUR_TAGS.sub('&lt;', shown)}\n</metadata>"
     return text

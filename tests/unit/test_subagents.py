@@ -19,7 +19,7 @@ TEMPLATE: dict[str, Any] = {**DEFINITION, "name": "sheep_counter", "examples": [
 DRAFT = TEMPLATE
 
 
-def problems(model: type[BaseModel], **changes: object) -> tuple[str, ...]:
+def problems(model: type[BaseModel], /, **changes: object) -> tuple[str, ...]:
     base = TEMPLATE if model is Template else DRAFT if model is Draft else DEFINITION
     with pytest.raises(InvalidDefinition) as caught:
         parse(model, {**base, **changes})
