@@ -70,8 +70,8 @@ class Application:
         if self.settings.inline:
             self._prepare_inline()
             return
-        self.delivery.start()
         self.dispatcher.start()
+        self.delivery.start()
 
     def accept(self, job: NewJob) -> Acknowledgement:
         """Take a job in. Raises TryAgainLater."""

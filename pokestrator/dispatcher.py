@@ -141,8 +141,7 @@ class Dispatcher:
             self._wake.clear()
             try:
                 if self._reach_database():
-                    self._claim()
-                    self._sweep()
+                    self._work()
             except StoreUnavailable as error:
                 self._lost_database(str(error))
             except Exception:
@@ -175,20 +174,11 @@ class Dispatcher:
         self._sweep_at = time.monotonic() + LEASE_SECONDS
         self.database_error = None
 
-    def _sweep(self) -> None:
-        if time.monotonic() < self._sweep_at:
-            return
-        requeued, failed = self._claims.requeue_expired()
-        self._sweep_at = time.monotonic() + SWEEP_SECONDS
-        for job_id in requeued:
-            log.warning("interrupted", request_id=str(job_id), outcome="queued again")
-        for job_id in failed:
-            log.error("interrupted", request_id=str(job_id), outcome="failed, interrupted too often")
-
-    def _claim(self) -> None:
+    def _work(self) -> None:
         with self._lock:
             free = self._concurrency - len(self._running) - self._from_memory
-        jobs = self._claims.claim(self._owner, LEASE_SECONDS, max(free, 0))
+        # After an outage even a full instance asks, to notice the end of it.
+        jobs = self._claims.claim(self._owner, LEASE_SECONDS, max(free, 0)) if free > 0 or self.database_error else []
         if self.database_error is not None:
             log.info("database_back")
             self._recovered()
@@ -196,6 +186,16 @@ class Dispatcher:
             with self._lock:
                 self._running[job.id] = job
             self._executor.submit(self._run, job)
+        if time.monotonic() >= self._sweep_at:
+            self._sweep()
+            self._sweep_at = time.monotonic() + SWEEP_SECONDS
+
+    def _sweep(self) -> None:
+        requeued, failed = self._claims.requeue_expired()
+        for job_id in requeued:
+            log.warning("interrupted", request_id=str(job_id), outcome="queued again")
+        for job_id in failed:
+            log.error("interrupted", request_id=str(job_id), outcome="failed, interrupted too often")
 
     def _run(self, job: Job) -> None:
         try:

@@ -9,12 +9,14 @@ Refusals carry `error` or `message`; 429 carries `retryAfterMs` (callback) or `R
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError
 
 from pokestrator.jobs import CallbackTarget, Channel
 from pokestrator.telemetry import get_logger, one_line
@@ -24,6 +26,8 @@ log = get_logger(__name__)
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
 MAX_ANSWER_BYTES = 16 * 1024
+ANSWER_SECONDS = 5  # for the body; the status alone says what became of the message
+LONGEST_MILLISECONDS = 1e12  # JSON can spell integers that no float can hold
 RATE_LIMIT_SECONDS = 60.0  # what Poke means by a 429 that names no time
 
 
@@ -105,11 +109,22 @@ def _receipt(response: requests.Response) -> Receipt:
 
 
 def _answer(response: requests.Response) -> dict[str, Any]:
+    """The JSON object that came with a status; empty when it is none, broke off, or does not end."""
     try:
-        answer = json.loads(response.raw.read(MAX_ANSWER_BYTES, decode_content=True) or b"{}")
-    except (ValueError, RecursionError, OSError, requests.RequestException):
+        answer = json.loads(_body(response) or b"{}")
+    except (ValueError, RecursionError, OSError, HTTPError):
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _body(response: requests.Response) -> bytes:
+    body, deadline = b"", time.monotonic() + ANSWER_SECONDS
+    while len(body) < MAX_ANSWER_BYTES and time.monotonic() < deadline:
+        part: bytes = response.raw.read1(MAX_ANSWER_BYTES - len(body), decode_content=True)
+        if not part:
+            break
+        body += part
+    return body
 
 
 def _complaint(status: int, answer: dict[str, Any]) -> str:
@@ -121,7 +136,7 @@ def _retry_after(response: requests.Response, answer: dict[str, Any]) -> float |
     """Seconds that the receiver asks us to wait; a date in Retry-After counts as not given."""
     milliseconds = answer.get("retryAfterMs")
     if isinstance(milliseconds, (int, float)) and milliseconds >= 0:
-        return milliseconds / 1000
+        return min(milliseconds, LONGEST_MILLISECONDS) / 1000
     header = response.headers.get("Retry-After", "")
     if header.isascii() and header.isdigit():
         return float(header)

@@ -1,4 +1,4 @@
-"""The real service as a child process on a free loopback port, and a real MCP client for it. Serves the demo and the tests."""
+"""The real service as a child process on a free loopback port, and a real MCP client for it; for the demo and tests."""
 
 from __future__ import annotations
 

@@ -21,9 +21,16 @@ from pokestrator.store.pool import Connection, ConnectionSource
 WAKE_CHANNEL = "pokestrator_jobs"
 MAX_INTERRUPTIONS = 3
 
+# Row, first event and wake-up in one statement: the person who waits for the ack waits for each round trip.
 INSERT = """
-INSERT INTO jobs (id, task, metadata, caller, channel, callback_url, callback_token)
-VALUES (%(id)s, %(task)s, %(metadata)s, %(caller)s, %(channel)s, %(callback_url)s, %(callback_token)s)"""
+WITH job AS (
+    INSERT INTO jobs (id, task, metadata, caller, channel, callback_url, callback_token)
+    VALUES (%(id)s, %(task)s, %(metadata)s, %(caller)s, %(channel)s, %(callback_url)s, %(callback_token)s)
+    RETURNING id
+), event AS (
+    INSERT INTO job_events (job_id, kind, text) SELECT id, 'accepted', 'waiting to run' FROM job
+)
+SELECT pg_notify(%(wake)s, '')"""
 
 # A claim makes the run's owner, its lease and its fence in one step; rows that others are claiming are passed over.
 # ARRAY(…) has the subquery run once. As `id IN (SELECT … LIMIT …)` the planner may run it again for each row, and the
@@ -93,7 +100,6 @@ class Jobs:
         """Store a job as queued and wake every instance. When this returns, it is committed."""
         with self._source.connection() as connection:
             _insert(connection, job)
-            connection.execute("SELECT pg_notify(%s, '')", [WAKE_CHANNEL])
 
     def insert_claimed(self, job: NewJob, owner: str, lease_seconds: float) -> Job:
         """Store a job that its inserter runs itself; no other instance ever sees it queued."""
@@ -214,9 +220,9 @@ def _insert(connection: Connection, job: NewJob) -> None:
         "channel": job.channel,
         "callback_url": job.callback.url if job.callback else None,
         "callback_token": job.callback.token if job.callback else None,
+        "wake": WAKE_CHANNEL,
     }
     connection.execute(INSERT, values)
-    connection.execute(EVENT, [job.id, "accepted", "waiting to run"])
 
 
 def _claim(

@@ -15,6 +15,9 @@ from pokestrator.errors import StoreUnavailable
 
 Connection = psycopg.Connection[DictRow]
 
+# What the server's absence looks like; a table that is missing means that another process has yet to migrate.
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.UndefinedTable)
+
 CONNECT_SECONDS = 3
 WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
 # A server that hangs must not hang us: the client gives up on silent connections, the server on slow statements.
@@ -68,7 +71,7 @@ class Database:
             with self._pool.connection() as connection:
                 reached = True
                 yield connection
-        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, PoolClosed) as error:
+        except (*AWAY, PoolTimeout, PoolClosed) as error:
             raise StoreUnavailable(_reason(error), maybe_committed=reached) from error
 
     def connect(self, *, autocommit: bool = True) -> Connection:
@@ -90,7 +93,7 @@ class Database:
                 while not stop.is_set():
                     for notification in connection.notifies(timeout=1):
                         yield notification.payload
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except AWAY as error:
             raise StoreUnavailable(_reason(error)) from error
 
 
@@ -109,7 +112,7 @@ class Line:
         try:
             with self._connection.transaction():
                 yield self._connection
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except AWAY as error:
             self.close()
             raise StoreUnavailable(_reason(error), maybe_committed=True) from error
 

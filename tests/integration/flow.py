@@ -151,7 +151,7 @@ def contents(received: list[Received]) -> list[str]:
 
 
 def rows(url: str, query: str, *values: object) -> list[dict[str, Any]]:
-    """Rows of a query, or [] for a statement that gives none; committed."""
+    """Rows of a query that names a column, or [] for a statement that gives none; committed."""
     with psycopg.connect(url, autocommit=True, row_factory=dict_row) as connection:
         cursor = connection.execute(query.encode(), values or None)
         return cursor.fetchall() if cursor.description else []

@@ -173,7 +173,7 @@ def test_finish_after_the_lease_was_lost_changes_nothing(jobs: Jobs, database_ur
         jobs.finish(lost, DONE)
     assert job_row(database_url, lost.id) == before
     assert jobs.timeline(lost.id) == timeline
-    assert rows(database_url, "SELECT FROM callbacks") == []
+    assert rows(database_url, "SELECT id FROM callbacks") == []
     jobs.finish(owned, Outcome(JobState.SUCCEEDED, "Done by the other."))
     assert callback_row(database_url, lost.id)["content"] == "Done by the other."
 
@@ -302,7 +302,7 @@ def test_a_callback_that_cannot_be_written_leaves_the_job_running(jobs: Jobs, da
 def test_a_job_without_a_channel_leaves_no_callback(jobs: Jobs, database_url: str) -> None:
     job = claimed(jobs, _inserted(jobs, quiet_task()))
     jobs.finish(job, DONE)
-    assert rows(database_url, "SELECT FROM callbacks") == []
+    assert rows(database_url, "SELECT id FROM callbacks") == []
 
 
 def test_a_long_result_is_kept_whole_and_sent_short(jobs: Jobs, database_url: str) -> None:

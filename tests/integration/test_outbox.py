@@ -281,7 +281,7 @@ def test_two_deliveries_never_send_one_callback_twice(
         finished(jobs, f"Result {number}.")
     with delivering(database, inbox), delivering(database, inbox):
         inbox.wait_for(60, 20)
-        assert eventually(lambda: not rows(database_url, "SELECT FROM callbacks WHERE state = 'pending'"))
+        assert eventually(lambda: not rows(database_url, "SELECT id FROM callbacks WHERE state = 'pending'"))
     assert sorted(contents(inbox.received)) == sorted(f"Result {number}." for number in range(60))
     assert rows(database_url, "SELECT DISTINCT attempts FROM callbacks") == [{"attempts": 1}]
 

@@ -35,7 +35,7 @@ def test_the_smallest_definition_has_no_tools_and_no_reach(model: type[BaseModel
     value = parse(model, DEFINITION if model is Definition else TEMPLATE)
     assert value.tools == ()  # type: ignore[attr-defined]
     assert definition().hosts == definition().credentials == ()
-    assert definition().model is definition().timeout_seconds is definition().max_turns is None
+    assert (definition().model, definition().timeout_seconds, definition().max_turns) == (None, None, None)
 
 
 @pytest.mark.parametrize("model", [Template, Draft])

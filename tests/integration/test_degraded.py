@@ -1,0 +1,291 @@
+"""Without its database: down at boot, back again, lost later. A forwarder of ours plays the network in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.typing import EventDict
+
+from pokestrator import bootstrap
+from pokestrator import dispatcher as dispatcher_module
+from pokestrator import service as service_module
+from pokestrator.bootstrap import Application
+from pokestrator.claude.pool import Slots
+from pokestrator.demo.inbox import Inbox
+from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.errors import StoreUnavailable, TryAgainLater
+from pokestrator.jobs import JobState
+from pokestrator.runs import ErrorKind, sentence
+from pokestrator.service import ACCEPTED, ACCEPTED_FROM_MEMORY, BUSY_WITHOUT_DATABASE
+from pokestrator.settings import Settings
+from pokestrator.web.app import create_app
+from tests.integration.agent_runs import agent_environment
+from tests.integration.flow import (
+    POET_TASK,
+    TOKEN,
+    UNFITTING_TASK,
+    Borrowed,
+    Forwarder,
+    captured_logs,
+    contents,
+    eventually,
+    job_row,
+    outcome_of,
+    rows,
+    running,
+    settings_for,
+    task,
+    write_template,
+)
+
+READY = "PostgreSQL initialized and subagents table is ready"
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[MessagesApi]:
+    with MessagesApi() as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def slots(api: MessagesApi) -> Iterator[Slots]:
+    slots = Slots(2, agent_environment(api.url))
+    slots.start()
+    try:
+        yield slots
+    finally:
+        slots.close()
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    with Inbox() as inbox:
+        yield inbox
+
+
+@pytest.fixture
+def network(empty_database_url: str) -> Iterator[Forwarder]:
+    """The way to an empty database, closed at first."""
+    with Forwarder(empty_database_url) as network:
+        yield network
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EventDict]]:
+    with captured_logs(monkeypatch, dispatcher_module, service_module, bootstrap) as logs:
+        yield logs
+
+
+@pytest.fixture
+def settings(api: MessagesApi, inbox: Inbox) -> Settings:
+    return settings_for(api, inbox)
+
+
+@pytest.fixture
+def application(
+    settings: Settings, logs: list[EventDict], network: Forwarder, slots: Slots, tmp_path: Path
+) -> Iterator[Application]:
+    folder = write_template(tmp_path / "templates")
+    with running(settings, network.url, claude=Borrowed(slots), templates_folder=folder) as application:
+        yield application
+
+
+def health(application: Application) -> dict[str, Any]:
+    response = create_app(application).test_client().get("/healthz")
+    assert response.status_code == 200, "a host must not restart us for the database's sake"
+    return dict(response.get_json())
+
+
+def events(logs: list[EventDict]) -> list[str]:
+    return [str(entry["event"]) for entry in logs]
+
+
+def come_up(application: Application, network: Forwarder) -> None:
+    network.open()
+    assert eventually(lambda: application.degraded_because() is None, 10)
+
+
+# down at boot ------------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_and_says_that_it_is_degraded_and_why(application: Application, logs: list[EventDict]) -> None:
+    status = health(application)
+    assert status["status"] == "degraded"
+    assert status["why"].startswith("database: ")
+    assert "refused" in status["why"]
+    failures = [event for event in events(logs) if event.startswith("database init failed: ")]
+    assert "refused" in failures[0]
+    assert READY not in events(logs)
+
+
+def test_the_mcp_handshake_and_the_tools_answer(application: Application) -> None:
+    client = create_app(application).test_client()
+    headers = {"Accept": "application/json, text/event-stream", "Host": "127.0.0.1"}
+    handshake = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "1"},
+    }
+    for method, params, expected in (("initialize", handshake, "serverInfo"), ("tools/list", {}, "tools")):
+        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        response = client.post("/mcp", json=body, headers=headers)
+        assert expected in response.get_json()["result"]
+
+
+def test_a_task_that_a_template_fits_runs_from_memory_and_its_result_arrives(
+    application: Application, inbox: Inbox
+) -> None:
+    started = time.monotonic()
+    acknowledgement = application.accept(task(POET_TASK, {"text": "From memory."}, inbox=inbox))
+    assert time.monotonic() - started < 2
+    assert (acknowledgement.durable, acknowledgement.message) == (False, ACCEPTED_FROM_MEMORY)
+    [received] = inbox.wait_for(1, 15)
+    assert received.body == {"content": "From memory.", "hasMore": False}
+    assert received.headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_result_from_memory_is_tried_again(
+    application: Application, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pokestrator.delivery.WAITS", (0.1, 0.1, 0.1))
+    inbox.answer_with([{"status": 500}, {"close": True}])
+    application.accept(task(POET_TASK, {"text": "From memory."}))
+    received = inbox.wait_for(3, 15)
+    assert contents(received) == ["From memory."] * 3
+    assert len({each.headers["idempotency-key"] for each in received}) == 1
+
+
+def test_a_task_that_no_template_fits_is_told_so(application: Application, inbox: Inbox) -> None:
+    assert not application.accept(task(UNFITTING_TASK)).durable
+    assert contents(inbox.wait_for(1, 15)) == [sentence(ErrorKind.NOT_STORED)]
+
+
+def test_with_all_slots_busy_callers_are_told_to_try_again(
+    application: Application, api: MessagesApi, inbox: Inbox
+) -> None:
+    seen = len(api.requests)
+    for _ in range(2):
+        application.accept(task(POET_TASK, {"text": "Slow.", "delay": 4}))
+    with pytest.raises(TryAgainLater, match=BUSY_WITHOUT_DATABASE[:20]):
+        application.accept(task(POET_TASK, {"text": "One too many."}))
+    assert contents(inbox.wait_for(2, 15)) == ["Slow.", "Slow."]
+    assert len(api.requests) == seen + 2
+
+
+# and back ----------------------------------------------------------------------------------------------------------
+
+
+def test_when_the_database_comes_it_recovers_by_itself(
+    application: Application, network: Forwarder, logs: list[EventDict], inbox: Inbox, empty_database_url: str
+) -> None:
+    assert application.degraded_because() is not None
+    come_up(application, network)
+    assert events(logs).count(READY) == 1
+    assert health(application)["status"] == "ok"
+    job = task(POET_TASK, {"text": "Stored."})
+    acknowledgement = application.accept(job)
+    assert (acknowledgement.durable, acknowledgement.message) == (True, ACCEPTED)
+    assert contents(inbox.wait_for(1, 15)) == ["Stored."]
+    assert eventually(lambda: job_row(empty_database_url, job.id)["state"] == "succeeded")
+
+
+def test_after_a_longer_outage_it_is_whole_within_seconds(
+    application: Application, network: Forwarder, empty_database_url: str
+) -> None:
+    # The pool must not sit out the long waits that it has come to between its own tries.
+    deadline = time.monotonic() + 9
+    eventually(lambda: time.monotonic() > deadline, 10)
+    network.open()
+    opened = time.monotonic()
+    assert eventually(lambda: application.degraded_because() is None, 20)
+    assert application.accept(task(POET_TASK, {"text": "Stored."})).durable
+    assert time.monotonic() - opened < 4
+
+
+def test_a_database_that_is_lost_later_is_told_and_comes_back(
+    application: Application, network: Forwarder, logs: list[EventDict], inbox: Inbox, empty_database_url: str
+) -> None:
+    come_up(application, network)
+    network.close()
+    assert eventually(lambda: application.degraded_because() is not None, 10)
+    assert health(application)["status"] == "degraded"
+    assert "database_lost" in events(logs)
+    assert not application.accept(task(POET_TASK, {"text": "From memory."})).durable
+    assert contents(inbox.wait_for(1, 15)) == ["From memory."]
+    come_up(application, network)
+    assert health(application)["status"] == "ok"
+    assert "database_back" in events(logs)
+    job = task(POET_TASK, {"text": "Stored."})
+    assert eventually(lambda: application.accept(job).durable, 5)
+    assert outcome_of(application, job).state is JobState.SUCCEEDED
+    assert contents(inbox.wait_for(2, 15)) == ["From memory.", "Stored."]
+
+
+def test_a_run_that_goes_on_through_an_outage_ends_once_and_is_delivered_once(
+    application: Application, network: Forwarder, api: MessagesApi, inbox: Inbox, empty_database_url: str
+) -> None:
+    come_up(application, network)
+    seen = len(api.requests)
+    job = task(POET_TASK, {"text": "Through it all.", "delay": 2})
+    assert application.accept(job).durable
+    assert eventually(lambda: len(api.requests) > seen, 10)
+    network.close()
+    assert eventually(lambda: application.degraded_because() is not None, 10)
+    come_up(application, network)
+    assert contents(inbox.wait_for(1, 20)) == ["Through it all."]
+    row = eventually(lambda: _ended(empty_database_url, job.id), 10)
+    assert (row["state"], row["claim_seq"], row["interruptions"]) == ("succeeded", 1, 0)
+    assert len(api.requests) == seen + 1
+
+
+def _ended(url: str, job_id: Any) -> dict[str, Any] | None:
+    row = job_row(url, job_id)
+    return row if row["finished_at"] else None
+
+
+# the answer to a COMMIT is lost -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_commit_whose_answer_was_lost_is_looked_up_and_never_guessed(
+    application: Application,
+    network: Forwarder,
+    inbox: Inbox,
+    empty_database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    committed: bool,
+) -> None:
+    come_up(application, network)
+    insert = application.jobs.insert
+
+    def lost(job: Any) -> None:
+        if committed:
+            insert(job)
+        raise StoreUnavailable("the connection was lost", maybe_committed=True)
+
+    monkeypatch.setattr(application.jobs, "insert", lost)
+    job = task(POET_TASK, {"text": "Once."})
+    assert application.accept(job).durable is committed
+    assert contents(inbox.wait_for(1, 15)) == ["Once."]
+    assert len(rows(empty_database_url, "SELECT id FROM jobs")) == committed
+
+
+def test_a_commit_that_cannot_be_looked_up_is_refused(
+    application: Application, network: Forwarder, inbox: Inbox, api: MessagesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come_up(application, network)
+    seen = len(api.requests)
+
+    def lost(_: Any) -> None:
+        raise StoreUnavailable("the connection was lost", maybe_committed=True)
+
+    monkeypatch.setattr(application.jobs, "insert", lost)
+    monkeypatch.setattr(application.jobs, "exists", lost)
+    with pytest.raises(TryAgainLater):
+        application.accept(task(POET_TASK, {"text": "Never."}))
+    assert inbox.received == []
+    assert len(api.requests) == seen

@@ -1,0 +1,171 @@
+"""When a callback is tried again, moved to another channel, or given up."""
+
+from __future__ import annotations
+
+import doctest
+import uuid
+from typing import Any, cast
+
+import pytest
+
+from pokestrator import delivery
+from pokestrator.delivery import LONGEST_ASKED_WAIT, WAITS, Delivery, is_worth_retrying, wait_after
+from pokestrator.jobs import CallbackTarget, Channel
+from pokestrator.poke import Message, Poke, Receipt
+from pokestrator.store.callbacks import Callback, Callbacks
+
+SECOND, MINUTE, HOUR = 1, 60, 3_600
+LAST_TRY = len(WAITS) + 1
+
+
+# The schedule ----------------------------------------------------------------------------------------------------
+
+
+def test_the_waits_are_those_of_the_promise() -> None:
+    assert [wait_after(attempt) for attempt in range(1, LAST_TRY)] == [
+        5 * SECOND,
+        30 * SECOND,
+        2 * MINUTE,
+        10 * MINUTE,
+        30 * MINUTE,
+        2 * HOUR,
+        5 * HOUR,
+        10 * HOUR,
+        14 * HOUR,
+        20 * HOUR,
+        24 * HOUR,
+    ]
+
+
+def test_the_tries_span_three_days_whatever_the_jitter() -> None:
+    total = sum(wait_after(attempt) or 0 for attempt in range(1, LAST_TRY)) / HOUR
+    assert 75 < total < 77
+    assert sum(wait_after(attempt, jitter=0.8) or 0 for attempt in range(1, LAST_TRY)) / HOUR > 60
+
+
+def test_after_the_twelfth_try_there_is_no_other() -> None:
+    assert LAST_TRY == 12
+    assert wait_after(11) is not None
+    assert wait_after(12) is wait_after(13) is wait_after(12, asked=5) is None
+
+
+@pytest.mark.parametrize("jitter", [0.8, 1.0, 1.2])
+def test_jitter_stretches_every_wait(jitter: float) -> None:
+    for attempt, wait in enumerate(WAITS, start=1):
+        assert wait_after(attempt, jitter=jitter) == pytest.approx(wait * jitter)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wait"),
+    [(None, 30), (0.0, 30), (29.0, 30), (31.0, 31), (3_600.0, 3_600), (3_601.0, 3_600), (1e300, 3_600)],
+)
+def test_a_receiver_can_ask_for_more_time_but_not_for_more_than_an_hour(asked: float | None, wait: float) -> None:
+    assert wait_after(2, asked) == wait
+
+
+def test_asking_for_an_hour_shortens_no_longer_wait() -> None:
+    assert wait_after(LAST_TRY - 1, asked=LONGEST_ASKED_WAIT) == 24 * HOUR
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    result = doctest.testmod(delivery)
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+@pytest.mark.parametrize("status", [None, 408, 425, 429, 500, 502, 503, 504, 529, 599])
+def test_no_answer_a_fault_and_not_now_are_worth_another_try(status: int | None) -> None:
+    assert is_worth_retrying(Receipt(False, status))
+
+
+@pytest.mark.parametrize("status", [200, 204, 301, 302, 308, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
+def test_any_other_refusal_is_not(status: int) -> None:
+    assert not is_worth_retrying(Receipt(False, status))
+
+
+# What is done with a receipt -------------------------------------------------------------------------------------
+
+
+class Outbox:
+    """Hands out one callback and keeps what is written about it."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback = callback
+        self.written: list[tuple[Any, ...]] = []
+
+    def claim_due(self, channels: tuple[Channel, ...], limit: int, job_id: uuid.UUID) -> list[Callback]:
+        assert (limit, job_id) == (1, self.callback.job_id)
+        return [self.callback] if self.callback.channel in channels else []
+
+    def delivered(self, callback: Callback, status: int | None) -> None:
+        self.written.append(("delivered", status))
+
+    def dead(self, callback: Callback, status: int | None, error: str) -> None:
+        self.written.append(("dead", status, error))
+
+    def retry(
+        self, callback: Callback, status: int | None, error: str, *, wait_seconds: float, channel: Channel
+    ) -> None:
+        self.written.append(("retry", status, error, wait_seconds, channel))
+
+
+class Postman:
+    """Answers every message with one receipt."""
+
+    channels = tuple(Channel)
+
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        self.sent: list[Message] = []
+
+    def send(self, message: Message) -> Receipt:
+        self.sent.append(message)
+        return self.receipt
+
+
+def written(receipt: Receipt, *, attempt: int = 1, channel: Channel = Channel.API_MESSAGE) -> tuple[Any, ...]:
+    """What the outbox holds after this receipt."""
+    target = CallbackTarget("https://poke.invalid/c", "token") if channel is Channel.CALLBACK else None
+    callback = Callback(uuid.uuid4(), uuid.uuid4(), "a task", "a result", channel, target, attempt)
+    outbox, postman = Outbox(callback), Postman(receipt)
+    Delivery(cast(Callbacks, outbox), cast(Poke, postman)).deliver(callback.job_id)
+    (message,) = postman.sent
+    assert (message.request_id, message.idempotency_key) == (callback.job_id, str(callback.id))
+    assert (message.content, message.channel, message.target) == ("a result", channel, target)
+    (entry,) = outbox.written
+    return entry
+
+
+def test_a_delivered_callback_is_written_as_delivered() -> None:
+    assert written(Receipt(True, 200)) == ("delivered", 200)
+
+
+def test_a_fault_is_tried_again_on_the_same_channel_with_a_jitter_of_a_fifth() -> None:
+    waits = set()
+    for _ in range(100):
+        kind, status, error, wait, channel = written(Receipt(False, 503, "HTTP 503"), attempt=4)
+        assert (kind, status, error, channel) == ("retry", 503, "HTTP 503", Channel.API_MESSAGE)
+        assert 480 <= wait <= 720
+        waits.add(wait)
+    assert len(waits) > 50
+    assert max(waits) - min(waits) > 100
+
+
+def test_the_receivers_own_wait_is_kept() -> None:
+    assert written(Receipt(False, 429, "HTTP 429", 900.0))[3] == 900
+    assert written(Receipt(False, 429, "HTTP 429", float("inf")))[3] == LONGEST_ASKED_WAIT
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404, 422])
+def test_a_refusal_by_the_message_api_is_a_dead_letter_with_its_reason(status: int) -> None:
+    assert written(Receipt(False, status, "why")) == ("dead", status, "why")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_callback_address_that_has_ended_hands_over_to_the_message_api_at_once(status: int) -> None:
+    entry = written(Receipt(False, status, "why"), attempt=7, channel=Channel.CALLBACK)
+    assert entry == ("retry", status, "why", 0, Channel.API_MESSAGE)
+
+
+def test_the_last_try_ends_in_the_dead_letters() -> None:
+    assert written(Receipt(False, None, "ConnectionError"), attempt=11)[0] == "retry"
+    assert written(Receipt(False, None, "ConnectionError"), attempt=12) == ("dead", None, "ConnectionError")
