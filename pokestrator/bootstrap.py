@@ -63,7 +63,7 @@ class Application:
     def start(self) -> None:
         """Open connections, start threads and slots. Without its database it starts degraded (inline: raises)."""
         for notice in notices(self.settings):
-            log.warning("notice", text=notice)
+            log.warning(notice)
         self.database.open()
         if isinstance(self.claude, Slots):
             self.claude.start()

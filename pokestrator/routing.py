@@ -21,9 +21,10 @@ COVERAGE_WEIGHT = 0.9  # covering a task's words is worth a little less than bei
 
 # Words (as lexemes) that ask without saying for what; they neither count for a candidate nor against it.
 ASKING = frozenset(
-    """
-    pleas show tell give get want need find help check make let know look could would like latest current today
-    """.split()  # noqa: SIM905  a list of one word a line says no more
+    [
+        *("pleas", "show", "tell", "give", "get", "want", "need", "find", "help", "check", "make", "let", "know"),
+        *("look", "could", "would", "like", "latest", "current", "today"),
+    ]
 )
 
 
@@ -45,19 +46,20 @@ def score(candidate: Candidate) -> float:
 
 
 def decide(candidates: Sequence[Candidate]) -> Decision:
-    """Take the best candidate if it is clear, else build. Between equals the stored one wins."""
+    """Take the best candidate if it is clear, else build. Between equals, or nearly so, the one stored one wins."""
     ranked = sorted(candidates, key=lambda c: (-score(c), not c.is_stored, c.name))
     if not ranked:
         return Decision(Route.BUILD_NEW, "no subagent or template shares a word with the task")
     best, best_score = ranked[0], score(ranked[0])
     if best_score < CLEAR:
         return Decision(Route.BUILD_NEW, f"nearest is {best.name} at {best_score:.2f}, below {CLEAR}")
-    rivals = [c for c in ranked[1:] if best_score - score(c) < MARGIN]
-    rivals = [c for c in rivals if c.is_stored or not best.is_stored or score(c) < best_score]
-    if rivals and best.similarity < 1:
-        return Decision(Route.BUILD_NEW, f"{best.name} ({best_score:.2f}) and {rivals[0].name} are too close to call")
-    route = Route.MATCH if best.is_stored else Route.TEMPLATE
-    return Decision(route, f"{best.name} at {best_score:.2f}, shares {', '.join(best.shared[:8])}", best.name)
+    near = [c for c in ranked if score(c) >= max(CLEAR, best_score - MARGIN)]
+    stored = [c for c in near if c.is_stored]
+    if best.similarity < 1 and len(near) > 1 and len(stored) != 1:
+        return Decision(Route.BUILD_NEW, f"{near[0].name} and {near[1].name} are too close to call ({best_score:.2f})")
+    chosen = stored[0] if stored and best.similarity < 1 else best
+    route = Route.MATCH if chosen.is_stored else Route.TEMPLATE
+    return Decision(route, f"{chosen.name} at {score(chosen):.2f}, shares {', '.join(chosen.shared[:8])}", chosen.name)
 
 
 def decide_from_memory(task: str, templates: Sequence[Template]) -> Decision:

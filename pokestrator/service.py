@@ -30,6 +30,7 @@ ACCEPTED_FROM_MEMORY = (
 BUSY_WITHOUT_DATABASE = "The database is away and all slots are busy; nothing was stored. Try again in a minute."
 UNCERTAIN = "The database went away while this was being stored. Try again in a minute."
 FINISH_RETRY_SECONDS = 1.0
+NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
 DEFAULT_MAX_TURNS = 30
 DEFAULT_MAX_BUDGET_USD = 1.0
 
@@ -163,7 +164,7 @@ class Service:
             job.task,
             job.metadata,
             model=self._policy.fast_model,
-            names_taken=[*self._templates, *(subagent.name for subagent in self._subagents.all())],
+            names_taken=[*self._templates, *self._subagents.names(NAMES_SHOWN)],
             timeout_seconds=self._policy.timeout_seconds,
         )
         result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))

@@ -118,7 +118,7 @@ def run_demo(say: Say, task: str | None = None) -> None:
             say("Claude: the real one, with your key.")
         else:
             api = stack.enter_context(MessagesApi())
-            environment |= {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": "scripted"}
+            environment |= {"ANTHROPIC_BASE_URL": api.url, "ANTHROPIC_API_KEY": secrets.token_urlsafe(24)}
             say("Claude: SCRIPTED answers, because neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set.")
         say("Poke:   a stand-in on this machine.")
         api_key = secrets.token_urlsafe(24)

@@ -15,7 +15,7 @@ from psycopg.rows import DictRow
 from pokestrator.jobs import CallbackTarget, Channel
 from pokestrator.store.pool import ConnectionSource
 
-HOLD_SECONDS = 60  # longer than one POST can take
+HOLD_SECONDS = 90  # longer than one POST takes
 
 # ARRAY(…) has the subquery run once; with IN the planner may run it for each row, and the limit is not kept.
 CLAIM_DUE = """

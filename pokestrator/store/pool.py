@@ -20,6 +20,9 @@ AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.Undefin
 
 CONNECT_SECONDS = 3
 WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
+# How long the pool tries again by itself. It doubles its waits, up to minutes, and while it waits asks for a connection
+# are not tried at all; once it has given up, each of them is.
+RECONNECT_SECONDS = 1.0
 # A server that hangs must not hang us: the client gives up on silent connections, the server on slow statements.
 OPTIONS = "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=30s"
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 10_000}
@@ -49,6 +52,7 @@ class Database:
             max_size=max_size,
             open=False,
             timeout=WAIT_FOR_CONNECTION_SECONDS,
+            reconnect_timeout=RECONNECT_SECONDS,
             check=ConnectionPool.check_connection,  # a restarted server leaves dead connections behind
             kwargs=self._connect,
         )

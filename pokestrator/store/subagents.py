@@ -113,6 +113,12 @@ class Subagents:
         with self._source.connection() as connection:
             return [_subagent(row) for row in connection.execute(f"{CURRENT} ORDER BY s.id")]
 
+    def names(self, limit: int) -> list[str]:
+        """The names in use, newest first."""
+        with self._source.connection() as connection:
+            rows = connection.execute("SELECT name FROM subagents ORDER BY id DESC LIMIT %s", [limit])
+            return [row["name"] for row in rows]
+
     def adopt(self, template: Template) -> Subagent:
         """Store a template as a subagent, or return the one already stored under its name."""
         return self._store(template.name, Origin.TEMPLATE, Author.TEMPLATE, template.definition(), template.examples)

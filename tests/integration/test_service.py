@@ -297,9 +297,7 @@ def test_whatever_ends_a_run_the_person_is_told_which(application: Application, 
     assert got == {str(job.id): sentence(kind) for kind, job in jobs.items()}
 
 
-def test_a_fault_of_ours_is_told_too(
-    application: Application, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_ours_is_told_too(application: Application, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 

@@ -67,7 +67,9 @@ def write_owner_version(url: str, name: str) -> None:
 # storing -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_adopted_template_is_a_subagent_that_says_what_its_file_says(subagents: Subagents, database_url: str) -> None:
+def test_an_adopted_template_is_a_subagent_that_says_what_its_file_says(
+    subagents: Subagents, database_url: str
+) -> None:
     template = poet(timeout_seconds=40, max_turns=5, model="haiku", hosts=("sea.example",), credentials=("SEA_KEY",))
     adopted = subagents.adopt(template)
     assert adopted == subagents.get("sea_poet")
