@@ -1,4 +1,4 @@
-"""Builds the application for gunicorn. `python wsgi.py` serves it for stepping: each job in its request's own thread."""
+"""Builds the application for gunicorn. `python wsgi.py` serves it for stepping: jobs run in their requests' threads."""
 
 import os
 import sys

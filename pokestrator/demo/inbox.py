@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from pokestrator.demo.loopback import Handler, LoopbackServer
 
 MESSAGE_PATH = "/api/v1/inbound/api-message"
 CALLBACK_PATH = "/api/v1/callback/"
@@ -45,28 +44,21 @@ class _Answer:
     delay: float = 0  # seconds
 
 
-class Inbox:
-    """The server: `with Inbox() as inbox:` or start() and stop(); started again, it has the same address.
+class Inbox(LoopbackServer):
+    """The server.
 
     With `api_key` the message API lets only that key in; without, any. `on_received` is called with each Received
     before it is answered, in the request's own thread.
     """
 
     def __init__(self, api_key: str | None = None, on_received: Callable[[Received], None] | None = None) -> None:
+        super().__init__()
         self.on_received = on_received
         self._api_key = api_key
-        self._port = 0  # a free one, chosen at the first start
-        self._server: _Server | None = None
         self._news = threading.Condition()
         self._received: list[Received] = []
         self._tokens: dict[str, str | None] = {}  # callback path -> the one token it takes now
         self._scripted: deque[Mapping[str, Any]] = deque()
-
-    @property
-    def url(self) -> str:
-        if not self._port:
-            raise RuntimeError("the inbox was never started")
-        return f"http://127.0.0.1:{self._port}"
 
     @property
     def message_url(self) -> str:
@@ -100,27 +92,6 @@ class Inbox:
         """
         with self._news:
             self._scripted.extend(answers)
-
-    def start(self) -> None:
-        self._server = _Server(self, self._port)
-        self._port = self._server.server_address[1]
-        # A short poll: stop() waits for it.
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="inbox", daemon=True).start()
-
-    def stop(self) -> None:
-        """End at once; delayed answers are not sent."""
-        if self._server is not None:
-            self._server.stopping.set()
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-    def __enter__(self) -> Inbox:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.stop()
 
     def receive(self, path: str, headers: Mapping[str, str], body: dict[str, Any] | None) -> _Answer:
         """Keep a request and decide its answer; `body` is None when it was not a JSON object."""
@@ -172,30 +143,7 @@ class Inbox:
         return 200, {"nextToken": self._tokens[path]} if body["hasMore"] else {}
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, inbox: Inbox, port: int) -> None:
-        self.inbox = inbox
-        self.stopping = threading.Event()
-        super().__init__(("127.0.0.1", port), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # Clients that are killed or give up waiting are expected here.
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One connection carries one request, so that nothing is left open when the server stops."""
-
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
+class _Handler(Handler):
     def do_GET(self) -> None:
         self._handle(None)
 
@@ -209,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self, body: dict[str, Any] | None) -> None:
         self.close_connection = True
-        inbox = self.server.inbox
+        inbox: Inbox = self.server.owner
         if self.server.stopping.is_set():
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -223,3 +171,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
+
+
+Inbox.handler = _Handler

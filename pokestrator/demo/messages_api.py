@@ -16,11 +16,10 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from pokestrator.demo.loopback import Handler, LoopbackServer
 from pokestrator.demo.script import FAULTS, ScriptError, Step, kind_of, message_of, turn_of
 
 MESSAGES = "/v1/messages"
@@ -38,27 +37,19 @@ class RecordedRequest:
     method: str = "POST"
 
 
-class MessagesApi:
-    """The server: `with MessagesApi() as api:` or start() and stop(); started again, it has the same address.
+class MessagesApi(LoopbackServer):
+    """The server; `url` is for ANTHROPIC_BASE_URL.
 
     With `api_key` only that key is let in (x-api-key or a Bearer token); without, any.
     """
 
     def __init__(self, api_key: str | None = None, port: int = 0) -> None:
+        super().__init__(port)
         self.api_key = api_key
-        self._port = port
-        self._server: _Server | None = None
         self._news = threading.Condition()
         self._requests: deque[RecordedRequest] = deque(maxlen=KEPT_REQUESTS)
         self._questions = 0
         self._attempts: Counter[str] = Counter()
-
-    @property
-    def url(self) -> str:
-        """`http://127.0.0.1:PORT`, for ANTHROPIC_BASE_URL."""
-        if not self._port:
-            raise RuntimeError("the scripted Messages API was never started")
-        return f"http://127.0.0.1:{self._port}"
 
     @property
     def requests(self) -> list[RecordedRequest]:
@@ -70,27 +61,6 @@ class MessagesApi:
         """Wait until `n` requests to /v1/messages have come since the start; False after `timeout` seconds."""
         with self._news:
             return self._news.wait_for(lambda: self._questions >= n, timeout)
-
-    def start(self) -> None:
-        self._server = _Server(self, self._port)
-        self._port = self._server.server_address[1]
-        # A short poll: stop() waits for it.
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="messages-api", daemon=True).start()
-
-    def stop(self) -> None:
-        """End at once: hangs and delays are cut short, open connections are closed unanswered."""
-        if self._server is not None:
-            self._server.stopping.set()
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-    def __enter__(self) -> MessagesApi:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.stop()
 
     def record(self, request: RecordedRequest) -> None:
         with self._news:
@@ -105,30 +75,13 @@ class MessagesApi:
             return self._attempts[key]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, api: MessagesApi, port: int) -> None:
-        self.api = api
-        self.stopping = threading.Event()
-        super().__init__(("127.0.0.1", port), _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # Clients that are killed or give up are this server's daily bread.
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One connection carries one request, so that nothing is left open when the server stops."""
-
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     disable_nagle_algorithm = True  # events are small writes
-    server: _Server
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    @property
+    def _api(self) -> MessagesApi:
+        api: MessagesApi = self.server.owner
+        return api
 
     def do_HEAD(self) -> None:
         self._record({})
@@ -164,11 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _record(self, body: dict[str, Any]) -> str:
         path = urlsplit(self.path).path
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.api.record(RecordedRequest(time.time(), path, headers, body, self.command))
+        self._api.record(RecordedRequest(time.time(), path, headers, body, self.command))
         return path
 
     def _let_in(self) -> bool:
-        key = self.server.api.api_key
+        key = self._api.api_key
         return (
             key is None or key == self.headers.get("x-api-key") or self.headers.get("authorization") == f"Bearer {key}"
         )
@@ -176,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: dict[str, Any]) -> None:
         try:
             turn = turn_of(body)
-            step = turn.step(self.server.api.attempt(turn.key) if turn.key else 1)
+            step = turn.step(self._api.attempt(turn.key) if turn.key else 1)
             message = message_of(step, str(body.get("model", "scripted")))
         except ScriptError as error:
             self._send_error(400, "invalid_request_error", str(error))
@@ -274,6 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_chunk(self, data: bytes) -> None:
         """One chunk of a chunked body; an empty one ends it."""
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+MessagesApi.handler = _Handler
 
 
 def main() -> None:

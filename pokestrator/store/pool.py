@@ -20,8 +20,8 @@ AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.Undefin
 
 CONNECT_SECONDS = 3
 WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
-# How long the pool tries again by itself. It doubles its waits, up to minutes, and while it waits asks for a connection
-# are not tried at all; once it has given up, each of them is.
+# How long the pool tries by itself after a connection has failed. Its waits double, up to minutes, and in the meantime
+# it opens nothing for those who ask; once it has given up, the next one who asks makes it try.
 RECONNECT_SECONDS = 1.0
 # A server that hangs must not hang us: the client gives up on silent connections, the server on slow statements.
 OPTIONS = "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=30s"

@@ -2,8 +2,9 @@
 
 The schema below says, in our words, what Render's Blueprint specification (https://render.com/docs/blueprint-spec)
 asks of the kinds of entries that we use: a web service with a native runtime, its environment, and a PostgreSQL
-database. It was written from second-hand descriptions of that specification, not from the published JSON Schema itself. Where the prose asks for more than the published schema
-(`buildCommand`, `startCommand`, one source for each value, a path that starts with a slash), so does this one.
+database. It was written from second-hand descriptions of that specification, not from the published JSON Schema
+itself. Where the prose asks for more than the schema (`buildCommand`, `startCommand`, one source for each value, a path
+that starts with a slash), so does this one.
 """
 
 from __future__ import annotations
