@@ -49,7 +49,7 @@ def load_migrations(folder: Path = FOLDER) -> list[Migration]:
 def migrate(database: Database, migrations: list[Migration] | None = None) -> list[str]:
     """Apply what is missing, each migration in its own transaction. Returns the names applied by this call.
 
-    Raises StoreUnavailable, or MigrationChanged when an applied file was edited.
+    Raises StoreUnavailable, also when PostgreSQL refuses a migration; MigrationChanged when an applied file was edited.
     """
     applied = []
     with database.connect() as connection:
@@ -62,7 +62,7 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
             for migration in load_migrations() if migrations is None else migrations:
                 if _apply(connection, migration):
                     applied.append(migration.name)
-        except psycopg.OperationalError as error:
+        except psycopg.Error as error:
             raise StoreUnavailable(" ".join(str(error).split())) from error
     return applied  # closing the connection has released the lock
 

@@ -169,7 +169,7 @@ def test_with_all_slots_busy_callers_are_told_to_try_again(
 ) -> None:
     seen = len(api.requests)
     for _ in range(2):
-        application.accept(task(POET_TASK, {"text": "Slow.", "delay": 4}))
+        application.accept(task(POET_TASK, {"text": "Slow.", "delay": 2}))
     with pytest.raises(TryAgainLater, match=BUSY_WITHOUT_DATABASE[:20]):
         application.accept(task(POET_TASK, {"text": "One too many."}))
     assert contents(inbox.wait_for(2, 15)) == ["Slow.", "Slow."]

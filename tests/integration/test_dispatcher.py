@@ -1,4 +1,4 @@
-"""The dispatcher on real PostgreSQL, with a `run` of the tests' own: waking, bounding, renewing, recovering, draining."""
+"""The dispatcher on real PostgreSQL with a `run` of the tests' own: it wakes, bounds, renews, recovers and drains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,9 @@ def ended(url: str) -> int:
 
 @pytest.mark.usefixtures("never_polls")
 def test_a_job_of_its_own_process_wakes_it_at_once(jobs: Jobs, database: Database, database_url: str) -> None:
+    def has_ended(count: int) -> bool:
+        return ended(database_url) == count
+
     runs = Runs(jobs, gate_open=True)
     with dispatching(database, runs) as dispatcher:
         # Several, since its start and the end of each run make it look by itself.
@@ -139,7 +143,7 @@ def test_a_job_of_its_own_process_wakes_it_at_once(jobs: Jobs, database: Databas
             insert(jobs)
             dispatcher.wake()
             assert runs.wait_for(number)
-            assert eventually(lambda number=number: ended(database_url) == number)
+            assert eventually(partial(has_ended, number))
 
 
 @pytest.mark.usefixtures("never_polls")

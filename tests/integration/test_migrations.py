@@ -124,5 +124,5 @@ def test_every_enum_of_postgresql_has_a_python_twin(database_url: str) -> None:
 
 
 def test_a_server_that_cannot_be_reached_is_store_unavailable(empty_database_url: str) -> None:
-    with Forwarder(empty_database_url) as closed, pytest.raises(StoreUnavailable, match="(?i)refused"):
+    with Forwarder(empty_database_url) as closed, pytest.raises(StoreUnavailable, match="refused"):
         migrate(Database(closed.url))

@@ -85,7 +85,8 @@ CREATE TABLE jobs (
     started_at timestamptz,
     finished_at timestamptz,
     CONSTRAINT callback_target_goes_with_its_channel
-        CHECK ((channel = 'callback') = (callback_url IS NOT NULL AND callback_token IS NOT NULL)),
+        CHECK ((channel = 'callback') = (callback_url IS NOT NULL)
+            AND (callback_url IS NULL) = (callback_token IS NULL)),
     CONSTRAINT only_running_jobs_are_owned
         CHECK ((state = 'running') = (owner IS NOT NULL AND lease_until IS NOT NULL)),
     CONSTRAINT ended_jobs_say_when
