@@ -44,6 +44,7 @@ _QUIET = {
 }
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
+NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
 _LEAST_SECRET = 8  # characters; shorter values are no secrets, and would be found in ordinary words
 
@@ -96,12 +97,14 @@ class _Conversation:
     async def hold(self) -> RunResult:
         """Ask, listen until the result, leave."""
         self._expire_at(self._deadline)
+        transports = _recorded_subprocesses()
         trouble: Exception | None = None
         try:
             async with asyncio.timeout_at(self._deadline):
                 await self._listen()
         except Exception as error:  # noqa: BLE001 - the SDK raises bare Exceptions too; all of them end in a result
             trouble = error
+        await _close(transports)
         return self._outcome(trouble)
 
     async def _listen(self) -> None:
@@ -184,6 +187,32 @@ class _Censor:
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
         return text
+
+
+def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:
+    """Where the running loop will put each subprocess that is started: the SDK lets go of its own before they end."""
+    loop: Any = asyncio.get_running_loop()
+    start = loop.subprocess_exec
+    transports: list[asyncio.SubprocessTransport] = []
+
+    async def subprocess_exec(*args: Any, **kwargs: Any) -> Any:
+        transport, protocol = await start(*args, **kwargs)
+        transports.append(transport)
+        return transport, protocol
+
+    loop.subprocess_exec = subprocess_exec
+    return transports
+
+
+async def _close(transports: list[asyncio.SubprocessTransport]) -> None:
+    """Let killed subprocesses be noticed as ended before the loop closes, or asyncio complains when it is gone."""
+    loop = asyncio.get_running_loop()
+    late = loop.time() + NOTICE_SECONDS
+    for transport in transports:
+        while transport.get_returncode() is None and loop.time() < late:
+            await asyncio.sleep(0.005)
+        transport.close()
+    await asyncio.sleep(0)  # the pipes' last callbacks
 
 
 def _messages(prompt: str, options: ClaudeAgentOptions) -> Any:

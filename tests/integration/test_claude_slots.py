@@ -164,11 +164,16 @@ def test_a_sweep_spares_what_is_not_of_the_run(slots: Slots, threads: ThreadPool
     sleep, before, meanwhile, database = (unique_sleep() for _ in range(4))
     shutil.copy(SLEEP, tmp_path / "postgres")
     started_before = subprocess.Popen(before.split(), start_new_session=True)
+    # The kernel counts starts in ticks: what began in the run's own tick cannot be told from what the run began.
+    born = processes.look_up(started_before.pid)
+    assert born is not None
+    assert wait_until(lambda: processes.now() > born.started + 0.05, 2)
     future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}), sleep)
     started_meanwhile = subprocess.Popen(meanwhile.split())
     # A server that makes itself a daemon during the run, as the embedded PostgreSQL does when it is started again.
     subprocess.run(f"setsid {tmp_path}/postgres {database.split()[1]} >/dev/null 2>&1 &", shell=True, check=True)
     daemon = wait_until(lambda: running(f"{tmp_path}/postgres {database.split()[1]}"), 2)
+    assert wait_until(lambda: Path(f"/proc/{daemon[0]}/exe").readlink().name == "postgres", 2)
     try:
         os.kill(slot_of(agent), signal.SIGKILL)
         assert future.result(2).error == ErrorKind.AGENT_CRASHED

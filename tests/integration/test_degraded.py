@@ -169,7 +169,8 @@ def test_with_all_slots_busy_callers_are_told_to_try_again(
 ) -> None:
     seen = len(api.requests)
     for _ in range(2):
-        application.accept(task(POET_TASK, {"text": "Slow.", "delay": 2}))
+        # Longer than three accepts wait for a connection (WAIT_FOR_CONNECTION_SECONDS each).
+        application.accept(task(POET_TASK, {"text": "Slow.", "delay": 6}))
     with pytest.raises(TryAgainLater, match=BUSY_WITHOUT_DATABASE[:20]):
         application.accept(task(POET_TASK, {"text": "One too many."}))
     assert contents(inbox.wait_for(2, 15)) == ["Slow.", "Slow."]
