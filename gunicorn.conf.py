@@ -10,6 +10,7 @@ from pokestrator import bootstrap  # noqa: E402
 from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
 from pokestrator.settings import process_settings  # noqa: E402
 from pokestrator.telemetry import configure_logging  # noqa: E402
+from pokestrator.web.app import warm_up  # noqa: E402
 from pokestrator.web.server import application_of  # noqa: E402
 
 try:
@@ -44,16 +45,14 @@ def when_ready(server):
     host, port = server.LISTENERS[0].sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"Pokestrator listens on {url}{settings.mcp_path}", flush=True)
-    key = " -k YOUR_POKESTRATOR_API_KEY" if settings.api_key else ""
-    print(f"Connect Poke: npx poke@latest tunnel {url}{settings.mcp_path} -n pokestrator{key}", flush=True)
-    print(
-        "Deployed:     npx poke@latest mcp add https://YOUR-HOST/mcp -n pokestrator -k YOUR_POKESTRATOR_API_KEY",
-        flush=True,
-    )
+    deployed = f"https://YOUR-HOST{settings.mcp_path}"
+    print(f"Connect Poke: npx poke@latest tunnel {url}{settings.mcp_path} -n pokestrator", flush=True)
+    print(f"Deployed:     npx poke@latest mcp add {deployed} -n pokestrator -k YOUR_POKESTRATOR_API_KEY", flush=True)
 
 
 def post_worker_init(worker):
     application_of(worker).start()
+    warm_up(worker.wsgi)
 
 
 def worker_exit(server, worker):

@@ -8,6 +8,7 @@ from pokestrator.errors import SettingsError, StoreUnavailable
 from pokestrator.settings import process_settings
 from pokestrator.telemetry import configure_logging
 from pokestrator.web.app import EXTENSION, create_app
+from pokestrator.web.stepping import listen
 
 if __name__ == "__main__":
     os.environ["POKESTRATOR_INLINE"] = "1"
@@ -27,8 +28,9 @@ except StoreUnavailable as error:
 if __name__ == "__main__":
     try:
         app.extensions[EXTENSION].start()
-        print(f"http://{settings.host}:{settings.port}{settings.mcp_path}, one process, for stepping", file=sys.stderr)
-        app.run(settings.host, settings.port, threaded=True, use_reloader=False)
+        server, address = listen(app, settings.host, settings.port)
+        print(f"{address}{settings.mcp_path}, one process, for stepping", file=sys.stderr)
+        server.serve_forever()
     except StoreUnavailable as error:
         sys.exit(f"database init failed: {error}")
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pydantic import SecretStr
 from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import Delivery
-from pokestrator.dispatcher import Dispatcher, owner_name
+from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher, owner_name
 from pokestrator.jobs import Acknowledgement, Job, NewJob
 from pokestrator.poke import Poke
 from pokestrator.service import RunPolicy, Service
@@ -59,6 +60,7 @@ class Application:
     service: Service
     templates: tuple[Template, ...]
     lines: tuple[Line, ...]
+    abort_runs: Callable[[], None]  # end all runs at once, writing no result of theirs
 
     def start(self) -> None:
         """Open connections, start threads and slots. Without its database it starts degraded (inline: raises)."""
@@ -82,8 +84,12 @@ class Application:
         return acknowledgement
 
     def claim_here(self, job: NewJob) -> Job:
-        """Store a job that only this process will run."""
-        return self.jobs.insert_claimed(job, owner_name(), INLINE_LEASE_SECONDS)
+        """Store a job that only this process will run. Its lease is short: renew it while it runs."""
+        return self.jobs.insert_claimed(job, owner_name(), LEASE_SECONDS)
+
+    def renew(self, job: Job) -> bool:
+        """Renew the lease of a job claimed here; whether it still was ours and running."""
+        return bool(self.jobs.renew([job], LEASE_SECONDS))
 
     def run_inline(self, job_id: uuid.UUID) -> None:
         """Run an accepted job in this thread, callback included."""
@@ -151,8 +157,9 @@ def build(
         concurrency=concurrency,
         drain_seconds=settings.drain_seconds,
     )
+    lines = (claims, heartbeats)
     return Application(
-        settings, database, jobs, subagents, runs, delivery, dispatcher, service, templates, (claims, heartbeats)
+        settings, database, jobs, subagents, runs, delivery, dispatcher, service, templates, lines, abort_runs
     )
 
 

@@ -1,13 +1,18 @@
 """The person's door: `python -m pokestrator …`.
 
-Exit codes: 0 done, 1 failed, 2 not accepted (settings, arguments, task), 3 no database, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 not accepted (settings, arguments, task), 3 no database, 130 interrupted (by SIGTERM
+143, by SIGHUP 129).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,10 +20,12 @@ import click
 
 from pokestrator import __version__, bootstrap
 from pokestrator.bootstrap import Application
-from pokestrator.demo.story import DemoFailed, follow, run_demo
+from pokestrator.demo.story import DemoFailed, run_demo
+from pokestrator.dispatcher import HEARTBEAT_SECONDS
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
+from pokestrator.following import Timeline
 from pokestrator.jobs import Channel, Job, JobState, NewJob, Outcome, new_job
-from pokestrator.settings import process_settings
+from pokestrator.settings import Settings, process_settings, server_environment
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.telemetry import configure_logging
 
@@ -34,8 +41,12 @@ def main() -> None:
 @main.command()
 def serve() -> None:
     """Serve Poke over MCP, under gunicorn, on HOST and PORT."""
-    # exec: signals reach gunicorn itself. It reads and checks the settings.
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py")])
+    try:
+        environment = server_environment()
+    except SettingsError as error:
+        _refuse(error)
+    # exec: signals reach gunicorn itself.
+    os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py")], environment)
 
 
 @main.command()
@@ -44,7 +55,8 @@ def demo(task: str | None) -> None:
     """Watch tasks go in and results come back, in a temporary folder. Without a key, Claude is scripted."""
     configure_logging("ERROR")
     try:
-        run_demo(click.echo, task)
+        with _interruptible():
+            run_demo(click.echo, task)
     except (DemoFailed, ValueError) as error:
         _fail(1, f"demo failed: {error}")
     click.echo("\nAll went as it should.")
@@ -55,29 +67,23 @@ def demo(task: str | None) -> None:
 def run(task: str) -> None:
     """Do one TASK here and now ("-" reads it from standard input). Result on stdout, progress on stderr."""
     try:
-        settings = process_settings().model_copy(update={"inline": True})
+        # Nothing is sent for a task from a terminal, so that no key of Poke's is missed.
+        settings = process_settings().model_copy(update={"inline": True, "poke_dry_run": True})
         wanted = new_job(sys.stdin.read() if task == "-" else task, channel=Channel.NONE)
     except SettingsError as error:
-        _fail(2, "\n".join(f"cannot start: {problem}" for problem in error.problems))
+        _refuse(error)
     except InvalidTask as error:
         _fail(2, str(error))
     configure_logging("DEBUG" if settings.log_level == "DEBUG" else "ERROR")
-    try:
-        application = bootstrap.build(settings, bootstrap.database_url(settings))
-        application.start()
-    except StoreUnavailable as error:
-        _fail(3, f"database init failed: {error}")
-    try:
-        outcome = _run_here(application, wanted)
-    except StoreUnavailable as error:
-        _fail(3, f"the database went away: {error}")
-    finally:
-        application.close()
-        bootstrap.leave_embedded_database(settings)
-    if outcome.state is JobState.SUCCEEDED:
-        click.echo(outcome.text)
-        return
-    _fail(130 if outcome.state is JobState.CANCELLED else 1, f"{outcome.text}\n{outcome.detail}".strip())
+    for notice in bootstrap.notices(settings):
+        click.echo(notice, err=True)
+    with _interruptible():
+        outcome = _run_here(settings, wanted)
+    if outcome is None:
+        _fail(1, f"request {wanted.id} was given up before it had a result")
+    if outcome.state is not JobState.SUCCEEDED:
+        _fail(1, f"{outcome.text}\n{outcome.detail}".strip())
+    click.echo(outcome.text)
 
 
 @main.group()
@@ -94,31 +100,95 @@ def check(folder: Path) -> None:
         click.echo(f"ok      {template.name}")
     for problem in problems:
         click.echo(f"broken  {problem.file}: {problem.reason}", err=True)
-    if problems:
+    if not good and not problems:
+        click.echo(f"no template in {folder}", err=True)
+    if problems or not good:
         sys.exit(1)
 
 
-def _run_here(application: Application, wanted: NewJob) -> Outcome:
-    job = application.claim_here(wanted)
+def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
+    """Run a job to its end in this process, and leave nothing behind."""
+    with ExitStack() as stack:
+        try:
+            url = bootstrap.database_url(settings)
+            stack.callback(bootstrap.leave_embedded_database, settings)
+            application = bootstrap.build(settings, url)
+            stack.callback(application.close)
+            application.start()
+        except StoreUnavailable as error:
+            _fail(3, f"database init failed: {error}")
+        try:
+            return _follow_here(application, application.claim_here(wanted))
+        except StoreUnavailable as error:
+            _fail(3, f"the database went away: {error}")
+
+
+def _follow_here(application: Application, job: Job) -> Outcome | None:
     # The job has the thread, the person has this one: Ctrl-C is heard here.
     worker = threading.Thread(target=_run_job, args=(application, job), name="job")
+    renew_at = time.monotonic() + HEARTBEAT_SECONDS
+
+    def is_given_up() -> bool:
+        nonlocal renew_at
+        if worker.is_alive() and time.monotonic() >= renew_at:
+            renew_at = time.monotonic() + HEARTBEAT_SECONDS
+            if not application.renew(job):  # lost, while this process was stopped; or just finished
+                application.abort_runs()
+        return not worker.is_alive()
+
     worker.start()
     try:
-        return follow(application.jobs, job.id, lambda kind, text: click.echo(f"{kind:<9} {text}", err=True))
+        timeline = Timeline(application.jobs, job.id, lambda kind, text: click.echo(f"{kind:<9} {text}", err=True))
+        return timeline.follow(is_given_up)
     except KeyboardInterrupt:
-        cancelled = Outcome(JobState.CANCELLED, "Interrupted.")
-        application.jobs.finish(job, cancelled)
-        application.claude.close()
-        return cancelled
+        _cancel(application, job)
+        raise
     finally:
+        application.abort_runs()  # when it has finished, there is none
         worker.join()
+
+
+def _cancel(application: Application, job: Job) -> None:
+    try:
+        application.jobs.finish(job, Outcome(JobState.CANCELLED, "Interrupted."))
+    except (LeaseLost, StoreUnavailable) as error:  # it has just ended; or its lease runs out
+        click.echo(str(error), err=True)
 
 
 def _run_job(application: Application, job: Job) -> None:
     try:
         application.service.run_job(job)
-    except LeaseLost as error:  # interrupted above
+    except (LeaseLost, StoreUnavailable) as error:  # interrupted or aborted above
         click.echo(str(error), err=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up after itself;
+    then exit with 128 + the signal's number."""
+    code = 128 + signal.SIGINT
+
+    def interrupt(number: int, _frame: object) -> None:
+        nonlocal code
+        for caught in before:  # a second one must not interrupt the cleaning up
+            signal.signal(caught, lambda *_: None)
+        code = 128 + number
+        raise KeyboardInterrupt
+
+    # What is ignored already, as SIGHUP is by nohup, stays ignored.
+    wanted = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, interrupt) for each in wanted}
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(code, "Interrupted.")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _refuse(error: SettingsError) -> NoReturn:
+    _fail(2, "\n".join(f"cannot start: {problem}" for problem in error.problems))
 
 
 def _fail(code: int, text: str) -> NoReturn:

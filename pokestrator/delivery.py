@@ -73,9 +73,10 @@ class Delivery:
         self._senders.shutdown(wait=True)
 
     def deliver(self, job_id: uuid.UUID) -> None:
-        """Post this job's callback in the caller's own thread, while it is due (a dead token makes it due again)."""
-        while due := self._callbacks.claim_due(self._poke.channels, 1, job_id):
-            self._attempt(due[0])
+        """Post this job's callback in the caller's own thread, if it is due."""
+        for _ in range(2):  # a callback token that has ended makes it due again, on the message API
+            for callback in self._callbacks.claim_due(self._poke.channels, 1, job_id):
+                self._attempt(callback)
 
     def send_from_memory(self, job: NewJob, content: str) -> None:
         """Post the result of a job that could not be stored: a few tries, then it is lost, as its ack warned."""

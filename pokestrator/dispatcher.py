@@ -60,7 +60,8 @@ class Dispatcher:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._running: dict[uuid.UUID, Job] = {}
+        # By claim, not by job: a job whose lease was lost can be claimed here again while its first run still ends.
+        self._running: dict[tuple[uuid.UUID, int], Job] = {}
         self._from_memory = 0
         self._draining = False
         self._prepared = False
@@ -144,8 +145,9 @@ class Dispatcher:
                     self._work()
             except StoreUnavailable as error:
                 self._lost_database(str(error))
-            except Exception:
+            except Exception as error:
                 log.exception("dispatch_failed")  # this thread must outlive every fault
+                self._lost_database(f"{type(error).__name__}")
             self._wake.wait(POLL_SECONDS)
         self._drain()
 
@@ -184,7 +186,7 @@ class Dispatcher:
             self._recovered()
         for job in jobs:
             with self._lock:
-                self._running[job.id] = job
+                self._running[job.id, job.claim_seq] = job
             self._executor.submit(self._run, job)
         if time.monotonic() >= self._sweep_at:
             self._sweep()
@@ -206,7 +208,7 @@ class Dispatcher:
             log.exception("run_failed", request_id=str(job.id))
         finally:
             with self._lock:
-                self._running.pop(job.id, None)
+                self._running.pop((job.id, job.claim_seq), None)
             self._wake.set()
 
     def _do_from_memory(self, work: Callable[[], None]) -> None:
@@ -237,7 +239,7 @@ class Dispatcher:
                 continue
             kept = self._heartbeats.renew(held, LEASE_SECONDS)
             for job in held:
-                if job.id not in kept and self._running.get(job.id) is job:
+                if job.id not in kept and (job.id, job.claim_seq) in self._running:
                     log.warning("lease_lost", request_id=str(job.id), reason="not renewed; its result will be dropped")
 
     def _listen(self) -> None:

@@ -29,7 +29,7 @@ ACCEPTED_FROM_MEMORY = (
 )
 BUSY_WITHOUT_DATABASE = "The database is away and all slots are busy; nothing was stored. Try again in a minute."
 UNCERTAIN = "The database went away while this was being stored. Try again in a minute."
-FINISH_RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
 DEFAULT_MAX_TURNS = 30
 DEFAULT_MAX_BUDGET_USD = 1.0
@@ -98,6 +98,7 @@ class Service:
         return Acknowledgement(job.id, durable, ACCEPTED if durable else ACCEPTED_FROM_MEMORY)
 
     def _store(self, job: NewJob) -> bool:
+        """Whether the job is stored. Raises TryAgainLater when that is not known."""
         try:
             self._jobs.insert(job)
             return True
@@ -106,8 +107,10 @@ class Service:
             if not error.maybe_committed:
                 return False
         try:
-            # The COMMIT's answer was lost. Only the row tells whether it happened; a guess could run the task twice.
-            return self._jobs.exists(job.id)
+            # The COMMIT's answer was lost. Storing the same id again waits for what may still be under way, and stores
+            # it once; a guess could run the task twice.
+            self._jobs.insert(job)
+            return True
         except StoreUnavailable as error:
             raise TryAgainLater(UNCERTAIN) from error
 
@@ -118,8 +121,11 @@ class Service:
         started = time.monotonic()
         try:
             outcome = self._outcome(job)
-        except (LeaseLost, StoreUnavailable):
+        except LeaseLost:
             raise
+        except StoreUnavailable as error:
+            self._release(job, error)
+            raise LeaseLost(f"released, because the database was away: {error}") from error
         except Exception as error:
             log.exception("run_failed", request_id=str(job.id))
             outcome = failed(ErrorKind.INTERNAL, f"{type(error).__name__}: {error}")
@@ -174,7 +180,7 @@ class Service:
             draft = read_draft(result, self._templates.keys())
         except InvalidDefinition as error:
             return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
-        subagent = self._subagents.build(draft, job.task)
+        subagent = self._subagents.build(draft, job.task, since=job.created_at)
         self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
         log.info("built", request_id=str(job.id), subagent=subagent.name)
         if self._policy.after_build == "run":
@@ -189,8 +195,18 @@ class Service:
                 return self._jobs.finish(job, outcome)
             except StoreUnavailable as error:
                 log.warning("finish_waits", request_id=str(job.id), reason=str(error))
-                if self._stopping.wait(FINISH_RETRY_SECONDS):
+                if self._stopping.wait(RETRY_SECONDS):
                     raise
+
+    def _release(self, job: Job, error: StoreUnavailable) -> None:
+        """Give a job back that the database's absence has stopped, once it is there again; that is no interruption."""
+        log.warning("run_stopped", request_id=str(job.id), reason=str(error))
+        while not self._stopping.wait(RETRY_SECONDS):
+            try:
+                self._jobs.release([job])
+                return
+            except StoreUnavailable:
+                continue
 
     def _note(self, job: Job, kind: str, text: str) -> None:
         try:

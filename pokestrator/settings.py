@@ -26,12 +26,14 @@ from pydantic import (
 )
 
 from pokestrator.errors import SettingsError
+from pokestrator.postgres_url import check_postgres_url
 
 POKE_MESSAGE_URL = "https://poke.com/api/v1/inbound/api-message"
 
 # What an agent's process may see of our environment; everything else stays out.
 INHERITED_BY_AGENTS = frozenset(
-    {"PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"}
+    {"PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"}
+    | {"HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy"}
 )
 
 
@@ -71,16 +73,16 @@ def _check_url(value: object) -> object:
     return value
 
 
-def _check_database_url(value: object) -> object:
-    if isinstance(value, str) and not value.startswith(("postgres://", "postgresql://")):
-        raise ValueError("an address that starts with postgres:// or postgresql://")
-    return value
-
-
 def _check_path(value: object) -> object:
     if isinstance(value, str) and (not value.startswith("/") or value == "/" or value.rstrip("/") == "/healthz"):
         raise ValueError("a path such as /mcp, and not /healthz")
     return value.rstrip("/") if isinstance(value, str) else value
+
+
+def _without_brackets(value: object) -> object:
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        return value[1:-1]
+    return value
 
 
 def _upper(value: object) -> object:
@@ -97,7 +99,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     # Where we listen
-    host: str = Field("127.0.0.1", alias="HOST", description="address to listen on")
+    host: Annotated[str, BeforeValidator(_without_brackets)] = Field(
+        "127.0.0.1", alias="HOST", description="address to listen on"
+    )
     port: int = Field(8000, alias="PORT", ge=0, le=65_535, description="port to listen on; 0 takes a free one")
     mcp_path: Annotated[str, BeforeValidator(_check_path)] = Field(
         "/mcp", alias="MCP_PATH", description="path of the MCP endpoint"
@@ -110,7 +114,7 @@ class Settings(BaseModel):
     web_concurrency: int = Field(1, alias="WEB_CONCURRENCY", ge=1, le=32, description="gunicorn workers")
 
     # Database
-    database_url: Annotated[SecretStr | None, BeforeValidator(_check_database_url)] = Field(
+    database_url: Annotated[SecretStr | None, BeforeValidator(check_postgres_url)] = Field(
         None,
         validation_alias=AliasChoices(
             "DATABASE_URL", "POSTGRES_URL", "POSTGRESQL_URL", "RENDER_DATABASE_URL", "DB_URL"
@@ -200,6 +204,15 @@ class Settings(BaseModel):
             raise ValueError(f"DB_POOL_MIN_SIZE={self.db_pool_min_size}: must not be above DB_POOL_MAX_SIZE ({most})")
         return self
 
+    @model_validator(mode="after")
+    def _each_worker_has_a_run(self) -> Settings:
+        if self.concurrency is not None and self.web_concurrency > self.concurrency:
+            raise ValueError(
+                f"WEB_CONCURRENCY={self.web_concurrency}: must not be above POKESTRATOR_CONCURRENCY "
+                f"({self.concurrency}), because each worker has at least one run"
+            )
+        return self
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
         """Read and check everything; a blank value counts as unset. Raises SettingsError with every problem."""
@@ -242,6 +255,13 @@ def process_settings() -> Settings:
     settings = Settings.from_environ(os.environ)
     remove_secrets(os.environ)
     return settings
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment, secrets included, for the server that takes its place. Raises SettingsError."""
+    Settings.from_environ(os.environ).refuse_open_door()
+    # gunicorn reads this one itself, and a blank one is no number.
+    return {name: value for name, value in os.environ.items() if name != "WEB_CONCURRENCY" or value.strip()}
 
 
 def remove_secrets(environ: MutableMapping[str, str]) -> None:

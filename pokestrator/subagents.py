@@ -56,7 +56,7 @@ class Definition(BaseModel):
     hosts: tuple[Hostname, ...] = ()
 
     def digest(self) -> str:
-        """The same for equal definitions; tells whether a template's file has changed."""
+        """The same for equal definitions."""
         canonical = json.dumps(self.model_dump(include=set(Definition.model_fields)), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -69,6 +69,10 @@ class Template(Definition):
 
     def definition(self) -> Definition:
         return Definition(**self.model_dump(include=set(Definition.model_fields)))
+
+    def digest(self) -> str:
+        """The same for equal definitions with equal examples; tells whether the file has changed."""
+        return hashlib.sha256(json.dumps([super().digest(), *self.examples]).encode()).hexdigest()
 
 
 class Draft(BaseModel):

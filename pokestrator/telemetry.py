@@ -37,7 +37,8 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     # Libraries tell their users about their insides at INFO; ours want to hear about trouble.
-    for noisy in ("psycopg.pool", "claude_agent_sdk", "urllib3", "werkzeug", "mcp"):
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # each try of an outage; we log the outage
+    for noisy in ("claude_agent_sdk", "urllib3", "werkzeug", "mcp"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     structlog.configure(
         processors=[

@@ -160,8 +160,9 @@ class _Slot:
             while wait([events], left()):
                 event: RunEvent | None = events.recv()
                 if event is None:
-                    return _result_of(future, left())
-                _tell(on_event, event)
+                    return _result_of(future, max(left(), GRACE))
+                if time.monotonic() < deadline:  # a slow listener must not hold a run beyond its end
+                    _tell(on_event, event)
         except (EOFError, OSError, BrokenProcessPool) as error:
             if not self._closed:
                 log.warning("slot_lost", error=repr(error))

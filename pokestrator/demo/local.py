@@ -38,7 +38,14 @@ class LocalService:
         self.url = ""
 
     def start(self) -> None:
-        """Start it and wait until it listens. Raises StartFailed."""
+        """Start it and wait until it listens. Raises StartFailed; whatever is raised, it does not run."""
+        try:
+            self._start()
+        except BaseException:  # Ctrl-C too
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         command = [sys.executable, "-m", "pokestrator", "serve"]
         # In a session of its own: Ctrl-C in a terminal must reach us first, so that we can stop it in order.
         self._process = subprocess.Popen(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.local import LocalService, StartFailed, call_orchestrate
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.errors import StoreUnavailable
+from pokestrator.following import Timeline
 from pokestrator.jobs import JobState, Outcome, Route
 from pokestrator.settings import demo_environment
 from pokestrator.store.embedded import EmbeddedPostgres
@@ -30,8 +30,8 @@ from pokestrator.store.subagents import Subagents
 KNOWN_TASK = "How much revenue did we make on Stripe last week?"
 UNKNOWN_TASK = "Invent a toast for my grandmother's 80th birthday: she loves sailing and bad puns"
 CALLBACK_SECONDS = 20.0
+DELIVERED_SECONDS = 5.0  # from Poke's answer to its being written down
 LONGEST_JOB_SECONDS = 600.0
-LOOK_SECONDS = 0.05  # between two looks at a job's timeline
 
 Say = Callable[[str], None]
 
@@ -76,34 +76,19 @@ class Stage:
         ack, milliseconds = call_orchestrate(self._service.url, {"task_description": task}, headers)
         self._say(f"  ack in {milliseconds:.1f} ms: {ack['status']}, request {ack['request_id']}")
         job_id = uuid.UUID(ack["request_id"])
-        outcome = self._follow(job_id)
+        timeline = Timeline(self._jobs, job_id, lambda kind, text: self._say(f"    {kind:<9} {text}"))
+        deadline = time.monotonic() + LONGEST_JOB_SECONDS
+        outcome = timeline.follow(lambda: time.monotonic() > deadline)
+        if outcome is None:
+            raise DemoFailed(f"job {job_id} has not ended within {LONGEST_JOB_SECONDS:.0f} s")
         received = self._inbox.wait_for(arrived + 1, CALLBACK_SECONDS)
         if len(received) <= arrived:
             raise DemoFailed(f"no callback arrived within {CALLBACK_SECONDS:.0f} s of the job's end")
         callback = received[arrived]
         self._say(f"← callback after {callback.at - sent:.1f} s: {callback.body['content']}")
+        if not timeline.follow_to("delivered", DELIVERED_SECONDS):
+            raise DemoFailed(f"the callback arrived, but was not recorded within {DELIVERED_SECONDS:.0f} s")
         return Ended(outcome, *self._jobs.road(job_id))
-
-    def _follow(self, job_id: uuid.UUID) -> Outcome:
-        return follow(self._jobs, job_id, lambda kind, text: self._say(f"    {kind:<9} {text}"))
-
-
-def follow(jobs: Jobs, job_id: uuid.UUID, tell: Callable[[str, str], None]) -> Outcome:
-    """Tell a job's timeline as it happens; returns how it ended."""
-    told = 0
-    deadline = time.monotonic() + LONGEST_JOB_SECONDS
-    pause = threading.Event()
-    while True:
-        outcome = jobs.outcome(job_id)
-        timeline = jobs.timeline(job_id)
-        for event in timeline[told:]:
-            tell(event.kind, event.text)
-        told = len(timeline)
-        if outcome is not None:
-            return outcome
-        if time.monotonic() > deadline:
-            raise DemoFailed(f"job {job_id} has not ended within {LONGEST_JOB_SECONDS:.0f} s")
-        pause.wait(LOOK_SECONDS)
 
 
 def run_demo(say: Say, task: str | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from pokestrator.errors import StoreUnavailable
 from pokestrator.settings import minimal_environment
 
 START_SECONDS = 60
+SOCKET = "postgres/.s.PGSQL.5432"  # in the server's own folder, which nobody else may enter
+LONGEST_SOCKET = 107  # bytes of a Unix socket's path, on Linux
 # The database's sorting and letters must not depend on who happened to create it; glibc and musl both have this one.
 LOCALE = {"LC_ALL": "C.UTF-8"} if sys.platform == "linux" else {}
 
@@ -29,13 +32,24 @@ class EmbeddedPostgres:
     def __init__(self, folder: Path) -> None:
         """Start the server, or join the one that runs there. Raises StoreUnavailable."""
         self._folder = folder.expanduser().resolve()
+        longest = LONGEST_SOCKET - len(SOCKET) - 1
+        if len(os.fsencode(self._folder)) > longest:
+            # The package would put the socket into a shared folder, where it lets every user of the machine in.
+            raise StoreUnavailable(
+                f"POKESTRATOR_DATA_DIR={self._folder}: too long for a Unix socket in it; at most {longest} bytes"
+            )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _runtime(self._folder).mkdir(mode=0o700, exist_ok=True)
             self._lock = (self._folder / "in-use.lock").open("a")
         except OSError as error:
             raise StoreUnavailable(f"POKESTRATOR_DATA_DIR={folder}: {error.strerror}") from error
         fcntl.flock(self._lock, fcntl.LOCK_SH)
-        self.url = _in_own_process("start", self._folder)
+        try:
+            self.url = _in_own_process("start", self._folder)
+        except KeyboardInterrupt:  # it may run by now
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """Stop the server unless another process still uses it."""
@@ -56,12 +70,17 @@ def embedded_in(folder: Path) -> EmbeddedPostgres:
     return EmbeddedPostgres(folder)
 
 
+def _runtime(folder: Path) -> Path:
+    """Where the package keeps its lock file: by default in a folder that is shared with the machine's other users."""
+    return folder / "run"
+
+
 def _in_own_process(action: str, folder: Path) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__, action, str(folder)],
             check=False,
-            env=minimal_environment() | LOCALE,
+            env=minimal_environment() | LOCALE | dict.fromkeys(("TMPDIR", "XDG_RUNTIME_DIR"), str(_runtime(folder))),
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -26,6 +26,7 @@ INSERT = """
 WITH job AS (
     INSERT INTO jobs (id, task, metadata, caller, channel, callback_url, callback_token)
     VALUES (%(id)s, %(task)s, %(metadata)s, %(caller)s, %(channel)s, %(callback_url)s, %(callback_token)s)
+    ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), event AS (
     INSERT INTO job_events (job_id, kind, text) SELECT id, 'accepted', 'waiting to run' FROM job
@@ -59,16 +60,19 @@ RETURNING jobs.id"""
 REQUEUE_EXPIRED = """
 UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now(), interruptions = interruptions + 1
 WHERE id = ANY (ARRAY(
-    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() AND interruptions + 1 < %(most)s
+    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now()
+        AND interruptions + 1 < %(most)s AND channel <> 'none'
     ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED))
 RETURNING id"""
 
 FAIL_INTERRUPTED = """
 UPDATE jobs SET state = 'failed', owner = NULL, lease_until = NULL, finished_at = now(),
     interruptions = interruptions + 1, result = %(text)s, error_kind = 'interrupted',
-    error_detail = 'its run was interrupted too often'
+    error_detail = CASE WHEN channel = 'none' THEN 'the terminal that asked for it is gone'
+        ELSE 'its run was interrupted too often' END
 WHERE id = ANY (ARRAY(
-    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() AND interruptions + 1 >= %(most)s
+    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now()
+        AND (interruptions + 1 >= %(most)s OR channel = 'none')
     ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED))
 RETURNING id, channel"""
 
@@ -97,7 +101,10 @@ class Jobs:
         self._source = source
 
     def insert(self, job: NewJob) -> None:
-        """Store a job as queued and wake every instance. When this returns, it is committed."""
+        """Store a job as queued and wake every instance. When this returns, it is committed.
+
+        The same job may be inserted again, after a COMMIT whose answer was lost: it is stored once.
+        """
         with self._source.connection() as connection:
             _insert(connection, job)
 
@@ -106,10 +113,6 @@ class Jobs:
         with self._source.connection() as connection:
             _insert(connection, job)
             return _claim(connection, owner, lease_seconds, limit=1, job_id=job.id)[0]
-
-    def exists(self, job_id: uuid.UUID) -> bool:
-        with self._source.connection() as connection:
-            return connection.execute("SELECT FROM jobs WHERE id = %s", [job_id]).fetchone() is not None
 
     def claim(self, owner: str, lease_seconds: float, limit: int) -> list[Job]:
         """Take up to `limit` queued jobs, oldest first, that no other instance is taking."""
@@ -133,7 +136,9 @@ class Jobs:
         with self._source.connection() as connection:
             released = {row["id"] for row in connection.execute(RELEASE, _fences(held))}
             for job_id in released:
-                connection.execute(EVENT, [job_id, "released", "this instance is leaving; another one takes over"])
+                connection.execute(
+                    EVENT, [job_id, "released", "back in the queue; its run ended early through no fault of its own"]
+                )
             connection.execute("SELECT pg_notify(%s, '')", [WAKE_CHANNEL])
         return released
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 
 from pokestrator.errors import PokestratorError, StoreUnavailable
-from pokestrator.store.pool import Connection, Database
+from pokestrator.store.pool import Connection, Database, reason_of
 
 FOLDER = Path(__file__).parent / "migrations"
 LOCK_KEY = 0x706F6B65  # "poke"
@@ -63,7 +63,7 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
                 if _apply(connection, migration):
                     applied.append(migration.name)
         except psycopg.Error as error:
-            raise StoreUnavailable(" ".join(str(error).split())) from error
+            raise StoreUnavailable(reason_of(error)) from error
     return applied  # closing the connection has released the lock
 
 

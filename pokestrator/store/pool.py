@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
@@ -16,7 +18,13 @@ from pokestrator.errors import StoreUnavailable
 Connection = psycopg.Connection[DictRow]
 
 # What the server's absence looks like; a table that is missing means that another process has yet to migrate.
-AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.UndefinedTable)
+AWAY = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.ReadOnlySqlTransaction,  # a standby, after a failover
+    psycopg.errors.InsufficientPrivilege,
+)
 
 CONNECT_SECONDS = 3
 WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
@@ -76,14 +84,14 @@ class Database:
                 reached = True
                 yield connection
         except (*AWAY, PoolTimeout, PoolClosed) as error:
-            raise StoreUnavailable(_reason(error), maybe_committed=reached) from error
+            raise StoreUnavailable(reason_of(error, self._url), maybe_committed=reached) from error
 
     def connect(self, *, autocommit: bool = True) -> Connection:
         """A connection of one's own, outside the pool. Raises StoreUnavailable."""
         try:
             return psycopg.Connection[DictRow].connect(self._url, autocommit=autocommit, **self._connect)
-        except psycopg.OperationalError as error:
-            raise StoreUnavailable(_reason(error)) from error
+        except psycopg.Error as error:  # also a URL that libpq cannot read
+            raise StoreUnavailable(reason_of(error, self._url)) from None
 
     def line(self) -> Line:
         return Line(self)
@@ -98,7 +106,7 @@ class Database:
                     for notification in connection.notifies(timeout=1):
                         yield notification.payload
         except AWAY as error:
-            raise StoreUnavailable(_reason(error)) from error
+            raise StoreUnavailable(reason_of(error, self._url)) from error
 
 
 class Line:
@@ -118,7 +126,7 @@ class Line:
                 yield self._connection
         except AWAY as error:
             self.close()
-            raise StoreUnavailable(_reason(error), maybe_committed=True) from error
+            raise StoreUnavailable(reason_of(error), maybe_committed=True) from error
 
     def close(self) -> None:
         if self._connection is not None:
@@ -126,6 +134,13 @@ class Line:
             self._connection = None
 
 
-def _reason(error: Exception) -> str:
-    """The driver's text on one line. libpq never puts the password into it."""
-    return " ".join(str(error).split()) or type(error).__name__
+def reason_of(error: Exception, url: str = "") -> str:
+    """The driver's text on one line, without the parts of `url` that are nobody's business."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    authority = urlsplit(url).netloc
+    credentials, _, _ = authority.rpartition("@")
+    # A password with a bare "@" or a bad escape comes back in pieces: as part of a host name, or as a token.
+    pieces = [piece for piece in re.split(r"[:@]", credentials)[1:] if piece]
+    for secret in sorted({*pieces, *map(unquote, pieces)}, key=len, reverse=True):
+        reason = reason.replace(secret, "…")
+    return reason

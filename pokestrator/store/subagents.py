@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
@@ -22,7 +24,10 @@ INSERT INTO subagent_versions (subagent_id, version, author, description, system
 VALUES (%(subagent_id)s, %(version)s, %(author)s, %(description)s, %(system_prompt)s, %(tools)s, %(model)s,
     %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(hosts)s, %(digest)s)"""
 
-INSERT_EXAMPLE = "INSERT INTO subagent_examples (subagent_id, task) VALUES (%s, left(%s, 2000)) ON CONFLICT DO NOTHING"
+INSERT_EXAMPLE = """
+INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), %s) ON CONFLICT DO NOTHING"""
+
+DELETE_TEMPLATE_EXAMPLES = "DELETE FROM subagent_examples WHERE subagent_id = %s AND source = 'template'"
 
 # The name's words, the description and the examples: `document` here and in CANDIDATES must be made alike.
 REFRESH_SEARCH = """
@@ -33,7 +38,7 @@ WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagen
 
 CURRENT = """
 SELECT s.id, s.name, s.origin, s.version, v.author, v.description, v.system_prompt, v.tools, v.model, v.max_turns,
-    v.timeout_seconds, v.max_budget_usd, v.credentials, v.hosts, v.digest
+    v.timeout_seconds, v.max_budget_usd, v.credentials, v.hosts, v.digest, s.created_at
 FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version"""
 
 # Full-text search finds stored subagents that share a word with the task (any word, the best SHORTLIST by rank);
@@ -121,14 +126,27 @@ class Subagents:
 
     def adopt(self, template: Template) -> Subagent:
         """Store a template as a subagent, or return the one already stored under its name."""
-        return self._store(template.name, Origin.TEMPLATE, Author.TEMPLATE, template.definition(), template.examples)
+        with self._source.connection() as connection:
+            row, created = _insert(connection, template.name, Origin.TEMPLATE, Author.TEMPLATE, template)
+            if created:
+                _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
+        return _subagent(row)
 
-    def build(self, draft: Draft, cause: str) -> Subagent:
+    def build(self, draft: Draft, cause: str, *, since: datetime) -> Subagent:
         """Store a draft; `cause`, the task it was drafted for, is its first example.
 
-        Two jobs that draft one name end with one subagent, which then knows both tasks.
+        Two jobs that draft one name at the same time end with one subagent, which then knows both tasks. One that had
+        the name before `since`, when the task came, is another subagent, which did not fit: the new one is numbered.
         """
-        return self._store(draft.name, Origin.BUILT, Author.DRAFTER, draft.definition(), (cause, *draft.examples))
+        for number in itertools.count(1):
+            name = draft.name if number == 1 else f"{draft.name[:44]}_{number}"
+            with self._source.connection() as connection:
+                row, created = _insert(connection, name, Origin.BUILT, Author.DRAFTER, draft.definition())
+                if not created and row["created_at"] < since:
+                    continue
+                _add_examples(connection, row["id"], (cause, *draft.examples) if created else (cause,), Author.DRAFTER)
+            return _subagent(row)
+        raise AssertionError("count() has no end")
 
     def follow(self, templates: Sequence[Template]) -> list[str]:
         """Give stored templates whose file has changed a new version, unless the owner has edited them.
@@ -140,39 +158,43 @@ class Subagents:
             with self._source.connection() as connection:
                 query = f"{CURRENT} WHERE s.name = %s AND s.origin = 'template' FOR UPDATE OF s"
                 row = connection.execute(query, [template.name]).fetchone()
-                if row is None or row["author"] != Author.TEMPLATE or row["digest"] == template.definition().digest():
+                if row is None or row["author"] != Author.TEMPLATE or row["digest"] == template.digest():
                     continue
                 version = row["version"] + 1
-                _insert_version(connection, row["id"], version, Author.TEMPLATE, template.definition())
+                _insert_version(connection, row["id"], version, Author.TEMPLATE, template)
                 connection.execute("UPDATE subagents SET version = %s WHERE id = %s", [version, row["id"]])
-                for example in template.examples:
-                    connection.execute(INSERT_EXAMPLE, [row["id"], example])
-                connection.execute(REFRESH_SEARCH, [row["id"]])
+                connection.execute(DELETE_TEMPLATE_EXAMPLES, [row["id"]])
+                _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
             changed.append(template.name)
         return changed
 
-    def _store(
-        self, name: str, origin: Origin, author: Author, definition: Definition, examples: Sequence[str]
-    ) -> Subagent:
-        with self._source.connection() as connection:
-            # Of two that store one name at once, the second waits here for the first to commit.
-            created = connection.execute(INSERT_SUBAGENT, [name, origin]).fetchone()
-            if created:
-                _insert_version(connection, created["id"], 1, author, definition)
-            row = connection.execute(f"{CURRENT} WHERE s.name = %s FOR UPDATE OF s", [name]).fetchone()
-            assert row is not None, "inserted or found above"
-            for example in examples if created else examples[:1]:
-                connection.execute(INSERT_EXAMPLE, [row["id"], example])
-            connection.execute(REFRESH_SEARCH, [row["id"]])
-            return _subagent(row)
+
+def _insert(
+    connection: Connection, name: str, origin: Origin, author: Author, definition: Definition
+) -> tuple[DictRow, bool]:
+    """The locked row of this name with its current version, and whether it was made here."""
+    # Of two that store one name at once, the second waits here for the first to commit.
+    created = connection.execute(INSERT_SUBAGENT, [name, origin]).fetchone()
+    if created:
+        _insert_version(connection, created["id"], 1, author, definition)
+    row = connection.execute(f"{CURRENT} WHERE s.name = %s FOR UPDATE OF s", [name]).fetchone()
+    assert row is not None, "inserted or found above"
+    return row, created is not None
 
 
 def _insert_version(
     connection: Connection, subagent_id: int, version: int, author: Author, definition: Definition
 ) -> None:
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in definition.model_dump().items()}
+    fields = definition.model_dump(include=set(Definition.model_fields))
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     keys = {"subagent_id": subagent_id, "version": version, "author": author, "digest": definition.digest()}
     connection.execute(INSERT_VERSION, {**values, **keys})
+
+
+def _add_examples(connection: Connection, subagent_id: int, tasks: Sequence[str], source: Author) -> None:
+    for task in tasks:
+        connection.execute(INSERT_EXAMPLE, [subagent_id, task, source])
+    connection.execute(REFRESH_SEARCH, [subagent_id])
 
 
 def _subagent(row: DictRow) -> Subagent:

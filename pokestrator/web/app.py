@@ -10,6 +10,21 @@ from pokestrator.web.mcp import mcp_blueprint
 
 EXTENSION = "pokestrator"
 
+# What strangers may learn of a database's trouble: none of its names and addresses. The log has the whole reason.
+TROUBLES = (
+    "connection refused",
+    "timeout",
+    "password authentication failed",
+    "resolve host",
+    "permission denied",
+    "too many",
+    "starting up",
+    "shutting down",
+    "read-only",
+    "does not exist",
+    "not connected yet",
+)
+
 
 def create_app(application: Application) -> flask.Flask:
     """The Flask application for a wired Application, which the server starts once it has forked."""
@@ -31,6 +46,23 @@ def create_app(application: Application) -> flask.Flask:
         why = application.degraded_because()
         if why is None:
             return {"status": "ok", "version": __version__}
-        return {"status": "degraded", "why": f"database: {why}", "version": __version__}
+        return {"status": "degraded", "why": f"database: {_in_short(why)}", "version": __version__}
 
     return app
+
+
+def warm_up(app: flask.Flask) -> None:
+    """Answer one request from within, so that the first caller does not wait for what is made at first use."""
+    application: Application = app.extensions[EXTENSION]
+    settings = application.settings
+    key = settings.api_key.get_secret_value() if settings.api_key else ""
+    app.test_client().post(
+        settings.mcp_path,
+        base_url="http://localhost",
+        json={"jsonrpc": "2.0", "id": 0, "method": "tools/list"},
+        headers={"Authorization": f"Bearer {key}", "Accept": "application/json, text/event-stream"},
+    ).close()
+
+
+def _in_short(reason: str) -> str:
+    return next((trouble for trouble in TROUBLES if trouble in reason.lower()), "the log says why")

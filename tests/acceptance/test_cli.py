@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 import requests
+from psycopg.rows import dict_row
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.local import ROOT, call_orchestrate
 from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.store.embedded import EmbeddedPostgres
 from tests.acceptance.processes import eventually, living
 
 Environment = dict[str, str]
@@ -76,25 +81,94 @@ def test_what_is_not_accepted_names_the_fix(
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_cancels_a_run_and_leaves_no_process(
-    service_environment: Environment, messages_api: MessagesApi, database_url: str
-) -> None:
-    marker = "run-ctrl-c"
+@contextmanager
+def hanging_run(environment: Environment, messages_api: MessagesApi) -> Iterator[subprocess.Popen[str]]:
+    """`run` with a task whose agent hangs, once it does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pokestrator", "run", 'Show me my Stripe payouts SCRIPT:[{"hang": 60}]'],
-        env={**service_environment, "LANG": marker},
+        env=environment,
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert messages_api.wait_for_requests(1, 30)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    try:
+        assert messages_api.wait_for_requests(1, 30)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_cancels_a_run_and_leaves_no_process(
+    service_environment: Environment, messages_api: MessagesApi, database_url: str, number: int, code: int
+) -> None:
+    marker = f"run-signal-{number:d}"
+    with hanging_run({**service_environment, "LANG": marker}, messages_api) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert errors.endswith("Interrupted.\n")
     assert eventually(lambda: not living(marker)), living(marker)
-    with psycopg.connect(database_url) as connection:
-        assert connection.execute("SELECT state FROM jobs").fetchall() == [("cancelled",)]
+    assert only_job(database_url)["state"] == "cancelled"
+
+
+def test_a_terminated_run_stops_its_embedded_database(
+    service_environment: Environment, messages_api: MessagesApi
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="pokestrator-run-", ignore_cleanup_errors=True) as folder:
+        environment = {**service_environment, "DATABASE_URL": "", "POKESTRATOR_DATA_DIR": f"{folder}/data"}
+        with hanging_run(environment, messages_api) as process:
+            assert living(folder)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=20)
+        assert process.returncode == 143
+        assert eventually(lambda: not living(folder)), living(folder)
+
+
+def test_a_run_holds_a_short_lease_and_renews_it(
+    service_environment: Environment, messages_api: MessagesApi, database_url: str
+) -> None:
+    with hanging_run(service_environment, messages_api):
+        first = only_job(database_url)
+        assert first["lease_until"] - first["now"] < timedelta(seconds=21)
+        assert eventually(lambda: only_job(database_url)["lease_until"] > first["lease_until"], 10)
+
+
+def test_a_run_that_lost_its_job_says_so_and_exits_1(
+    service_environment: Environment, messages_api: MessagesApi, database_url: str
+) -> None:
+    marker = "run-lost"
+    with hanging_run({**service_environment, "LANG": marker}, messages_api) as process:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("UPDATE jobs SET claim_seq = claim_seq + 1")
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert errors.endswith("was given up before it had a result\n")
+    assert eventually(lambda: not living(marker)), living(marker)
+
+
+def test_a_run_whose_database_goes_away_ends(
+    service_environment: Environment, messages_api: MessagesApi, postgres: EmbeddedPostgres, database_url: str
+) -> None:
+    name = database_url.split("?")[0].rpartition("/")[2]
+    with hanging_run(service_environment, messages_api) as process:
+        with psycopg.connect(postgres.url, autocommit=True) as connection:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "the database went away: " in errors
+    assert "Traceback" not in errors
+
+
+def test_run_says_that_claude_has_no_key_and_does_not_ask_for_pokes(service_environment: Environment) -> None:
+    environment = {**service_environment, "ANTHROPIC_API_KEY": "", "POKE_API_KEY": ""}
+    done = pokestrator("run", "Show me my Stripe payouts", environment=environment)
+    assert "neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set" in done.stderr
+    assert "POKE_API_KEY" not in done.stderr
+    assert done.stdout == "" or done.returncode == 0
 
 
 def test_run_works_on_an_embedded_database_that_keeps_what_was_built(
@@ -122,10 +196,18 @@ def test_templates_check_passes_for_the_shipped_ones_and_fails_for_a_broken_one(
     assert "broken.json: description:" in done.stderr
 
 
-def test_wsgi_runs_each_job_in_its_requests_own_thread(service_environment: Environment, inbox: Inbox) -> None:
+def test_templates_check_of_a_folder_without_any_fails(service_environment: Environment, tmp_path: Path) -> None:
+    done = pokestrator("templates", "check", str(tmp_path), environment=service_environment)
+    assert (done.returncode, done.stderr) == (1, f"no template in {tmp_path}\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_wsgi_runs_each_job_in_its_requests_own_thread(
+    service_environment: Environment, inbox: Inbox, host: str
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "wsgi.py"],
-        env={**service_environment, "PORT": free_port()},
+        env={**service_environment, "HOST": host, "PORT": "0"},
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
@@ -135,6 +217,7 @@ def test_wsgi_runs_each_job_in_its_requests_own_thread(service_environment: Envi
         url = next(line for line in process.stderr if "/mcp" in line).split(",")[0]
         drain = threading.Thread(target=process.stderr.read)
         drain.start()
+        assert url.startswith(f"http://{host}:")
         assert eventually(lambda: answers(url), 10)
         key = {"Authorization": f"Bearer {service_environment['POKESTRATOR_API_KEY']}"}
         call_orchestrate(url, {"task_description": "Show me my Stripe payouts"}, key)
@@ -144,10 +227,11 @@ def test_wsgi_runs_each_job_in_its_requests_own_thread(service_environment: Envi
         process.wait(20)
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+def only_job(database_url: str) -> dict[str, Any]:
+    """The one job, and the database's time."""
+    with psycopg.connect(database_url, row_factory=dict_row) as connection:
+        [job] = connection.execute("SELECT *, now() FROM jobs").fetchall()
+    return job
 
 
 def answers(url: str) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+
+import pytest
 
 from pokestrator.demo.local import ROOT
 from pokestrator.settings import minimal_environment
@@ -35,6 +38,7 @@ def test_demo_tells_the_whole_story_and_leaves_no_process() -> None:
     assert len(re.findall(r"ack in [\d.]+ ms: accepted, request [0-9a-f-]{36}", done.stdout)) == 3
     assert re.findall(r"routed +(\w+):", done.stdout) == ["template", "build_new", "match"]
     assert done.stdout.count("← callback after") == 3
+    assert done.stdout.count("delivered callback: 200") == 3
     assert "stripe_analyst (template)" in done.stdout
     built = re.search(r"built +(\w+):", done.stdout)
     assert built is not None
@@ -62,4 +66,49 @@ def test_demo_that_fails_says_where_and_exits_non_zero() -> None:
     done, marker = run_demo(**unreachable)
     assert done.returncode == 1
     assert "demo failed: a task that a template fits ended as failed: unreachable" in done.stderr
+    assert eventually(lambda: not living(marker)), living(marker)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_demo_that_is_ended_by_a_signal_leaves_no_process_and_no_file(number: int, code: int) -> None:
+    marker = f"demo-{uuid.uuid4().hex}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pokestrator", "demo", "--task", 'Name three rivers SCRIPT:[{"hang": 120}]'],
+        env={**minimal_environment(), "LANG": marker, "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:
+        told += line
+        if "drafting" in line:
+            break
+    folder = re.search(r"PostgreSQL in (\S+)", told)
+    assert folder is not None, told
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == code, errors
+    assert errors.endswith("Interrupted.\n")
+    assert "Traceback" not in errors
+    assert eventually(lambda: not living(marker)), living(marker)
+    assert not Path(folder[1]).exists()
+
+
+def test_a_demo_that_is_ended_while_it_starts_leaves_no_process() -> None:
+    marker = f"demo-{uuid.uuid4().hex}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pokestrator", "demo"],
+        env={**minimal_environment(), "LANG": marker},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert eventually(lambda: any("gunicorn.conf.py" in line for line in living(marker)), 60)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode == 143
     assert eventually(lambda: not living(marker)), living(marker)

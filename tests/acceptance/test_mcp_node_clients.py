@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from tests.integration.mcp_peer import FakeService, our_server
 KEY = "a-long-random-key"
 CLIENTS = Path(__file__).parent / "mcp_clients"
 
+UNREACHABLE = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|E?TIMEDOUT|ENETUNREACH|EHOSTUNREACH")
+
 # Package, way of negotiating, and the version that must come of it.
 NODE_CLIENTS = [
     ("sdk-poke", "legacy", "2025-06-18"),
@@ -32,24 +35,47 @@ NODE_CLIENTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the clients' folder with its packages installed; node_modules stays out of the checkout."""
-    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
-    if missing:
-        reason = f"{' and '.join(missing)} not installed"
-        if os.environ.get("CI"):
-            pytest.fail(f"{reason}, and CI must run the TypeScript clients")
-        pytest.skip(reason)
     copy = tmp_path_factory.mktemp("npm") / "mcp_clients"
     shutil.copytree(CLIENTS, copy, ignore=shutil.ignore_patterns("node_modules"))
-    install = subprocess.run(
-        ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts"],
-        check=False,
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert install.returncode == 0, install.stderr
+    reason = why_not_installed(copy, dict(os.environ))
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI must run the TypeScript clients")
+    if reason:
+        pytest.skip(reason)
     return copy
+
+
+def why_not_installed(folder: Path, environment: dict[str, str]) -> str | None:
+    """Install the packages of `folder`: None, or what this machine lacks for it. Any other trouble fails the test."""
+    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    options = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--fetch-retries=1"]
+    try:
+        install = subprocess.run(
+            ["npm", "install", *options],
+            check=False,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    except subprocess.TimeoutExpired:
+        return "npm's registry does not answer"
+    unreachable = UNREACHABLE.search(install.stderr) if install.returncode else None
+    if unreachable:
+        return f"npm's registry cannot be reached ({unreachable[0]})"
+    assert install.returncode == 0, install.stderr
+    return None
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm not installed")
+def test_a_registry_out_of_reach_is_a_reason_to_skip(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"dependencies": {"a-package": "1.0.0"}}')
+    nowhere = {"npm_config_registry": "http://127.0.0.1:9/", "npm_config_fetch_retry_mintimeout": "10"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **nowhere}
+    assert why_not_installed(tmp_path, environment) == "npm's registry cannot be reached (ECONNREFUSED)"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,6 +159,8 @@ def test_secrets_never_reach_the_log(service_environment: Environment, inbox: In
     ("changed", "said"),
     [
         ({"POKESTRATOR_AGENT_TIMEOUT": "abc"}, "POKESTRATOR_AGENT_TIMEOUT=abc: must be a whole number from 5 to 3600"),
+        ({"WEB_CONCURRENCY": "abc"}, "cannot start: WEB_CONCURRENCY=abc: must be a whole number from 1 to 32"),
+        ({"WEB_CONCURRENCY": "3"}, "WEB_CONCURRENCY=3: must not be above POKESTRATOR_CONCURRENCY (2)"),
         ({"HOST": "0.0.0.0", "POKESTRATOR_API_KEY": ""}, "Set POKESTRATOR_API_KEY"),
         ({"DATABASE_URL": "mysql://here"}, "DATABASE_URL=(secret): must be"),
         ({"DATABASE_URL": "", "POKESTRATOR_DATA_DIR": "/proc/nowhere"}, "POKESTRATOR_DATA_DIR=/proc/nowhere"),
@@ -167,6 +170,33 @@ def test_a_start_that_cannot_be_names_the_setting(
     service_environment: Environment, changed: Environment, said: str
 ) -> None:
     assert said in refused_start({**service_environment, **changed})
+
+
+def test_a_blank_number_of_workers_counts_as_unset(service_environment: Environment) -> None:
+    with LocalService({**service_environment, "WEB_CONCURRENCY": " "}) as service:
+        assert eventually(lambda: len(children(service.pid)) == 1)
+
+
+def test_serve_says_where_it_listens_and_how_to_connect_it(service_environment: Environment) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pokestrator", "serve"],
+        env={**service_environment, "HOST": "[::1]", "PORT": "0", "MCP_PATH": "/poke/door"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        listens, tunnel, deployed = (process.stdout.readline().strip() for _ in range(3))
+        url = listens.rpartition(" ")[2]
+        assert re.fullmatch(r"http://\[::1\]:[1-9]\d*/poke/door", url)
+        assert requests.post(url, timeout=5).status_code == 401
+        assert tunnel.endswith(f" poke@latest tunnel {url} -n pokestrator")
+        assert " mcp add https://YOUR-HOST/poke/door -n pokestrator -k " in deployed
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def test_an_occupied_port_ends_the_start_with_a_reason(service_environment: Environment) -> None:

@@ -301,6 +301,34 @@ def test_a_run_that_lost_its_lease_ends_without_a_trace(jobs: Jobs, database: Da
 
 
 @pytest.mark.usefixtures("fast")
+def test_a_job_claimed_here_again_is_kept_when_its_first_run_ends(
+    jobs: Jobs, database: Database, database_url: str
+) -> None:
+    holds: list[threading.Event] = []
+    begun = threading.Semaphore(0)
+
+    def run(job: Job) -> None:
+        gate = threading.Event()
+        holds.append(gate)
+        begun.release()
+        assert gate.wait(30)
+        jobs.finish(job, DONE)
+
+    [job_id] = insert(jobs)
+    with dispatching(database, run) as dispatcher:
+        assert begun.acquire(timeout=10)
+        # As if this instance had been cut off for a lease and another one had swept.
+        rows(database_url, "UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL WHERE id = %s", job_id)
+        dispatcher.wake()
+        assert begun.acquire(timeout=10)
+        holds[0].set()  # the first run ends, too late
+        assert eventually(lambda: len(dispatcher._running) == 1)
+        held = list(dispatcher._running.values())
+        assert [(each.id, each.claim_seq) for each in held] == [(job_id, 2)]
+        holds[1].set()
+        assert eventually(lambda: job_row(database_url, job_id)["state"] == "succeeded")
+
+
 def test_a_database_that_is_not_ready_is_tried_again(jobs: Jobs, database: Database) -> None:
     tries: list[float] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,34 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path: Path) 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreUnavailable, match=rf"^POKESTRATOR_DATA_DIR={tmp_path}/file/data: Not a directory$"):
         EmbeddedPostgres(tmp_path / "file" / "data")
+
+
+def test_a_folder_that_is_too_deep_for_a_private_socket_is_refused_with_its_longest_length(folder: Path) -> None:
+    deep = folder / ("d" * 200)
+    with pytest.raises(StoreUnavailable, match=rf"^POKESTRATOR_DATA_DIR={deep}: too long .* at most 84 bytes$"):
+        EmbeddedPostgres(deep)
+    assert not deep.exists()
+
+
+def test_the_longest_folder_has_its_socket_in_a_place_closed_to_others(folder: Path) -> None:
+    longest = folder / ("d" * (84 - len(str(folder)) - 1))
+    with using(longest) as user:
+        assert rows(user.url, "SHOW unix_socket_directories") == [{"unix_socket_directories": f"{longest}/postgres"}]
+        [socket] = longest.rglob(".s.PGSQL.5432")
+        assert socket.parent == longest / "postgres"
+        assert stat.S_IMODE(socket.parent.stat().st_mode) & 0o077 == 0
+
+
+def test_users_of_one_machine_share_no_lock_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes first owns a file in the shared temporary folder, and nobody else may open it."""
+    shared = folder / "tmp"
+    shared.mkdir()
+    (shared / ".lockfile").mkdir()  # cannot be opened, not even by root
+    monkeypatch.setenv("TMPDIR", str(shared))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(shared))
+    with using(folder / "data"):
+        assert stat.S_IMODE((folder / "data" / "run").stat().st_mode) == 0o700
+        assert [path.name for path in shared.iterdir()] == [".lockfile"]
 
 
 def test_a_server_that_cannot_start_says_why(folder: Path) -> None:

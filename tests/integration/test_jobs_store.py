@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -325,11 +324,17 @@ def test_what_postgresql_cannot_hold_is_taken_out_of_what_agents_write(jobs: Job
     assert callback_row(database_url, job.id)["content"] == "de?"
 
 
-def test_a_job_that_was_never_stored_does_not_exist(jobs: Jobs) -> None:
+def test_a_job_that_is_stored_twice_is_one_job(jobs: Jobs) -> None:
     [job] = inserted(jobs)
-    assert jobs.exists(job.id)
-    assert not jobs.exists(uuid.uuid4())
-    assert jobs.outcome(job.id) is None
+    jobs.insert(job)
+    assert [claimed.id for claimed in jobs.claim("me", 20, 5)] == [job.id]
+    assert [event.kind for event in jobs.timeline(job.id)] == ["accepted", "claimed"]
+
+
+def test_a_terminals_job_whose_terminal_is_gone_is_not_run_by_others(jobs: Jobs, database_url: str) -> None:
+    job = jobs.insert_claimed(new_job("here and now", channel=Channel.NONE), "a terminal", 0)
+    assert jobs.requeue_expired() == ([], [job.id])
+    assert job_row(database_url, job.id)["error_detail"] == "the terminal that asked for it is gone"
 
 
 # impossible rows ---------------------------------------------------------------------------------------------------

@@ -125,3 +125,19 @@ def test_every_enum_of_postgresql_has_a_python_twin(database_url: str) -> None:
 def test_a_server_that_cannot_be_reached_is_store_unavailable(empty_database_url: str) -> None:
     with Forwarder(empty_database_url) as closed, pytest.raises(StoreUnavailable, match="refused"):
         migrate(Database(closed.url))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://usr:hunter@secret2@127.0.0.1:9/db",
+        "postgresql://usr:hunter%zz2secret@127.0.0.1:9/db",
+        "postgresql://usr:secret2@nowhere.invalid/db",
+    ],
+)
+def test_no_reason_tells_a_password(url: str) -> None:
+    with pytest.raises(StoreUnavailable) as raised:
+        Database(url).connect()
+    assert "secret2" not in str(raised.value)
+    assert "hunter" not in str(raised.value)
+    assert "2secret" not in str(raised.value)

@@ -12,6 +12,7 @@ from pokestrator.bootstrap import Application
 from pokestrator.claude.pool import Slots
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.errors import StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Route
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.subagents import Origin
@@ -334,8 +335,6 @@ def test_when_the_instance_leaves_its_run_is_not_told_as_a_crash(
 def test_an_end_that_cannot_be_written_waits_for_the_database(
     application: Application, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pokestrator.errors import StoreUnavailable
-
     finish, tries = application.jobs.finish, []
 
     def away_at_first(job: Job, outcome: Any) -> None:
@@ -348,3 +347,23 @@ def test_an_end_that_cannot_be_written_waits_for_the_database(
     assert done(application, task(POET_TASK, {"text": "Kept."})) == "Kept."
     assert tries == ["Kept.", "Kept."]
     assert contents(inbox.wait_for(1, 10)) == ["Kept."]
+
+
+def test_a_run_that_the_database_stopped_is_released_and_not_counted_as_interrupted(
+    application: Application, inbox: Inbox, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = application.subagents.candidates
+    asked: list[str] = []
+
+    def away_once(*arguments: Any) -> Any:
+        asked.append("candidates")
+        if len(asked) == 1:
+            raise StoreUnavailable("the connection was lost")
+        return candidates(*arguments)
+
+    monkeypatch.setattr(application.subagents, "candidates", away_once)
+    job = task(POET_TASK, {"text": "After all."})
+    application.accept(job)
+    assert contents(inbox.wait_for(1, 20)) == ["After all."]
+    row = job_row(database_url, job.id)
+    assert (row["claim_seq"], row["interruptions"]) == (2, 0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 
 from pokestrator.jobs import Route
@@ -17,6 +19,7 @@ from pokestrator.subagents import Author, Origin, Template
 from tests.integration.flow import POET_TASK, UNFITTING_TASK, draft, poet, row, rows
 
 SHIPPED, _ = load_templates(TEMPLATES_FOLDER)
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)  # the task came before every subagent
 LIMERICK = "Write a limerick about zebra stripes"
 
 
@@ -90,14 +93,14 @@ def test_a_template_that_eight_threads_adopt_at_once_is_one_subagent(subagents: 
 
 
 def test_the_task_that_caused_a_subagent_is_its_first_example(subagents: Subagents, database_url: str) -> None:
-    built = subagents.build(draft("scarf_coder"), UNFITTING_TASK)
+    built = subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
     assert (built.origin, built.version) == (Origin.BUILT, 1)
     assert examples_of(database_url, "scarf_coder") == {UNFITTING_TASK, "Please do scarf coder"}
     assert authors_of(database_url, "scarf_coder") == ["drafter"]
 
 
 def test_a_long_cause_is_kept_to_its_first_2000_characters(subagents: Subagents, database_url: str) -> None:
-    subagents.build(draft("long_reader"), "é" * 20_000)
+    subagents.build(draft("long_reader"), "é" * 20_000, since=LONG_AGO)
     assert "é" * 2_000 in examples_of(database_url, "long_reader")
 
 
@@ -106,11 +109,19 @@ def test_two_threads_that_build_one_name_at_once_end_with_one_subagent_that_know
 ) -> None:
     tasks = [f"Knit scarf number {word} in Morse code" for word in ("one", "two")]
     waiting = list(tasks)
-    built = at_once(2, lambda: subagents.build(draft("scarf_coder"), waiting.pop()))
+    built = at_once(2, lambda: subagents.build(draft("scarf_coder"), waiting.pop(), since=LONG_AGO))
     assert built[0].id == built[1].id
     assert [subagent.name for subagent in subagents.all()] == ["scarf_coder"]
     assert set(tasks) <= examples_of(database_url, "scarf_coder")
     assert authors_of(database_url, "scarf_coder") == ["drafter"]
+
+
+def test_a_name_that_an_older_subagent_has_is_numbered(subagents: Subagents, database_url: str) -> None:
+    older = subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+    newer = subagents.build(draft("scarf_coder"), "Another thing altogether", since=soon)
+    assert (older.name, newer.name) == ("scarf_coder", "scarf_coder_2")
+    assert "Another thing altogether" not in examples_of(database_url, "scarf_coder")
 
 
 def test_a_name_that_is_not_stored_is_none(subagents: Subagents) -> None:
@@ -128,8 +139,19 @@ def test_a_template_whose_file_changed_gets_a_new_version(subagents: Subagents, 
     assert now is not None
     assert (now.id, now.version, now.definition) == (first.id, 2, changed.definition())
     assert authors_of(database_url, "sea_poet") == ["template", "template"]
-    assert "A haiku on lava" in examples_of(database_url, "sea_poet")
+    assert examples_of(database_url, "sea_poet") == {"A haiku on lava"}
     assert candidate(subagents, "Tell me of a volcano", "sea_poet") is not None
+    assert subagents.follow((changed,)) == []
+
+
+def test_examples_that_change_alone_are_followed_and_learned_ones_stay(subagents: Subagents, database_url: str) -> None:
+    adopted = subagents.adopt(poet())
+    with psycopg.connect(database_url) as connection:
+        learned = "INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, 'A learned task', 'owner')"
+        connection.execute(learned, [adopted.id])
+    changed = poet(examples=("A haiku on lava",))
+    assert subagents.follow((changed,)) == ["sea_poet"]
+    assert examples_of(database_url, "sea_poet") == {"A haiku on lava", "A learned task"}
     assert subagents.follow((changed,)) == []
 
 
@@ -154,7 +176,7 @@ def test_what_the_owner_wrote_is_never_replaced_by_the_file(subagents: Subagents
 
 
 def test_a_built_subagent_does_not_follow_a_template_of_its_name(subagents: Subagents) -> None:
-    built = subagents.build(draft("sea_poet"), UNFITTING_TASK)
+    built = subagents.build(draft("sea_poet"), UNFITTING_TASK, since=LONG_AGO)
     assert subagents.follow((poet(),)) == []
     assert subagents.get("sea_poet") == built
 
@@ -171,7 +193,7 @@ def test_eight_threads_that_follow_at_once_make_one_new_version(subagents: Subag
 
 
 def test_a_stored_subagent_is_found_by_the_words_of_its_example(subagents: Subagents) -> None:
-    subagents.build(draft("fibre_artist"), UNFITTING_TASK)
+    subagents.build(draft("fibre_artist"), UNFITTING_TASK, since=LONG_AGO)
     found = candidate(subagents, "knitting in Morse, please", "fibre_artist")
     assert found is not None
     assert found.is_stored
@@ -197,7 +219,7 @@ def test_a_stored_subagent_that_shares_no_word_is_no_candidate(subagents: Subage
 
 def test_the_task_that_caused_a_subagent_matches_it_the_second_time(subagents: Subagents) -> None:
     first = decision(subagents, UNFITTING_TASK, SHIPPED)
-    subagents.build(draft("scarf_coder"), UNFITTING_TASK)
+    subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
     second = decision(subagents, UNFITTING_TASK, SHIPPED)
     assert first.route is Route.BUILD_NEW
     assert (second.route, second.name) == (Route.MATCH, "scarf_coder")
@@ -242,7 +264,7 @@ def test_an_odd_task_is_decided_like_any_other(subagents: Subagents, database_ur
     subagents.adopt(poet())
     assert decision(subagents, task, SHIPPED).route is Route.BUILD_NEW
     # Stored as an example it does no harm either.
-    subagents.build(draft("odd_task_taker"), task)
+    subagents.build(draft("odd_task_taker"), task, since=LONG_AGO)
     decision(subagents, task, SHIPPED)
     found = decision(subagents, POET_TASK, SHIPPED)
     assert (found.route, found.name) == (Route.MATCH, "sea_poet")

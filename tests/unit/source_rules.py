@@ -17,11 +17,11 @@ MAX_LINES = 320
 
 # A file imports only from lower floors. A new module or folder must be given one here.
 FLOORS = {
-    **dict.fromkeys(["settings", "errors", "runs", "jobs", "subagents", "telemetry"], 1),
+    **dict.fromkeys(["settings", "postgres_url", "errors", "runs", "jobs", "subagents", "telemetry"], 1),
     **dict.fromkeys(["store", "claude", "poke"], 2),
     **dict.fromkeys(["routing", "building", "delivery", "growth"], 3),
     **dict.fromkeys(["service", "dispatcher"], 4),
-    "bootstrap": 5,
+    **dict.fromkeys(["bootstrap", "following"], 5),
     **dict.fromkeys(["web", "demo"], 6),
     **dict.fromkeys(["cli", "__main__"], 7),
     **dict.fromkeys(PROCESS_FILES, 8),

@@ -86,15 +86,17 @@ def test_any_other_refusal_is_not(status: int) -> None:
 
 
 class Outbox:
-    """Hands out one callback and keeps what is written about it."""
+    """Hands out one callback, once, and keeps what is written about it."""
 
     def __init__(self, callback: Callback) -> None:
         self.callback = callback
         self.written: list[tuple[Any, ...]] = []
+        self.claimed = False
 
     def claim_due(self, channels: tuple[Channel, ...], limit: int, job_id: uuid.UUID) -> list[Callback]:
         assert (limit, job_id) == (1, self.callback.job_id)
-        return [self.callback] if self.callback.channel in channels else []
+        self.claimed, claimed = True, self.claimed
+        return [self.callback] if self.callback.channel in channels and not claimed else []
 
     def delivered(self, callback: Callback, status: int | None) -> None:
         self.written.append(("delivered", status))

@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import psycopg
+import psycopg.conninfo
 import pytest
 
 from pokestrator.errors import SettingsError
@@ -131,6 +133,17 @@ def test_pool_sizes_must_agree() -> None:
     assert Settings.from_environ({"DB_POOL_MIN_SIZE": "3", "DB_POOL_MAX_SIZE": "3"}).db_pool_min_size == 3
 
 
+def test_each_worker_must_have_a_run() -> None:
+    (problem,) = problems(WEB_CONCURRENCY="3", POKESTRATOR_CONCURRENCY="2")
+    assert problem.startswith("WEB_CONCURRENCY=3: must not be above POKESTRATOR_CONCURRENCY (2)")
+    assert Settings.from_environ({"WEB_CONCURRENCY": "2", "POKESTRATOR_CONCURRENCY": "2"}).web_concurrency == 2
+    assert Settings.from_environ({"WEB_CONCURRENCY": "32"}).web_concurrency == 32
+
+
+def test_an_ipv6_host_is_taken_with_and_without_brackets() -> None:
+    assert Settings.from_environ({"HOST": "[::1]"}).host == Settings.from_environ({"HOST": "::1"}).host == "::1"
+
+
 @pytest.mark.parametrize(
     ("url", "safe"),
     [
@@ -174,6 +187,53 @@ def test_a_bad_database_address_is_refused_by_the_name_it_was_given_under(name: 
     assert problem.startswith(f"{name}=(secret): must be an address that starts with postgres://")
 
 
+@pytest.mark.parametrize(
+    ("rest", "fix"),
+    [
+        (f"me:{PASSWORD}@home@db/app", "as %40"),
+        (f"me:{PASSWORD}%@db/app", "as %25"),
+        (f"me:{PASSWORD}%4@db/app", "as %25"),
+        (f"me:{PASSWORD}%00@db/app", "other than 00"),
+        (f"me:{PASSWORD}/more@db/app", "as %2F"),
+        (f"me:{PASSWORD}@db:{PASSWORD}/app", "a number from 1 to 65535"),
+        (f"me:{PASSWORD}@db:0/app", "a number from 1 to 65535"),
+        (f"me:{PASSWORD}@db:65536/app", "a number from 1 to 65535"),
+        (f"me:{PASSWORD}@one:5432,two:x/app", "a number from 1 to 65535"),
+        (f"me:{PASSWORD}@::1/app", "in brackets"),
+        (f"me:{PASSWORD}@[::1/app", "in brackets"),
+    ],
+)
+def test_a_database_address_that_libpq_would_misread_is_refused_with_the_fix(rest: str, fix: str) -> None:
+    (problem,) = problems(DB_URL=f"postgresql://{rest}")
+    assert problem.startswith("DB_URL=(secret): must be an address ")
+    assert fix in problem
+    assert PASSWORD not in problem
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "/app",
+        "/app?host=/var/run/postgresql",
+        "me:@/app?host=/var/run/postgresql",
+        "?host=/tmp",
+        "%2Fvar%2Frun/app",
+        f"me:{PASSWORD}%40%2F%25@db:5432/app?sslmode=require",
+        f"me:{PASSWORD}:?#@db/app",
+        "me@db?application_name=a@b",
+        "me@one:5432,two:5433,[::1]:5434,[::2]/app",
+        "me@db:/app",
+    ],
+)
+def test_every_form_of_address_that_libpq_knows_is_taken(rest: str) -> None:
+    url = f"postgresql://{rest}"
+    psycopg.conninfo.conninfo_to_dict(url)
+    settings = Settings.from_environ({"DATABASE_URL": url})
+    assert settings.database_url is not None
+    assert settings.database_url.get_secret_value() == url
+
+
 # Secrets ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +256,12 @@ def test_all_secrets_are_known_by_name() -> None:
 def test_agents_inherit_no_secret() -> None:
     settings = Settings.from_environ({**SECRETS, "PATH": "/bin", "TZ": "UTC", "HOME": "/root", "AWS_SECRET": "x"})
     assert settings.agent_environment == {"PATH": "/bin", "TZ": "UTC"}
+
+
+def test_agents_inherit_the_proxy_in_both_spellings() -> None:
+    names = [name for upper in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") for name in (upper, upper.lower())]
+    given = dict.fromkeys(names, "http://127.0.0.1:3128")
+    assert Settings.from_environ(given).agent_environment == given
 
 
 def test_remove_secrets_leaves_everything_else() -> None:
@@ -250,7 +316,7 @@ def test_listening_beyond_this_machine_without_a_key_is_refused(host: str) -> No
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ({"HOST": host}).refuse_open_door()
     (problem,) = caught.value.problems
-    assert problem.startswith(f"HOST={host}: ")
+    assert problem.startswith(f"HOST={host.strip('[]')}: ")
     assert "POKESTRATOR_API_KEY" in problem
     Settings.from_environ({"HOST": host, "POKESTRATOR_API_KEY": PASSWORD}).refuse_open_door()
 

@@ -41,7 +41,7 @@ CREATE TABLE subagent_versions (
     max_budget_usd double precision CHECK (max_budget_usd > 0),
     credentials text[] NOT NULL,
     hosts text[] NOT NULL,
-    digest text NOT NULL, -- equal for equal definitions
+    digest text NOT NULL, -- equal for equal definitions (a template's: and equal examples)
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (subagent_id, version)
 );
@@ -51,6 +51,7 @@ ALTER TABLE subagents ADD FOREIGN KEY (id, version) REFERENCES subagent_versions
 CREATE TABLE subagent_examples (
     subagent_id bigint NOT NULL REFERENCES subagents ON DELETE CASCADE,
     task text NOT NULL CHECK (length(task) BETWEEN 1 AND 2000),
+    source version_author NOT NULL, -- a template's examples come and go with its file
     search tsvector GENERATED ALWAYS AS (searchable(task)) STORED,
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (subagent_id, task)
