@@ -13,7 +13,7 @@ from pokestrator.building import draft_request, read_draft, task_text
 from pokestrator.claude.pool import Claude
 from pokestrator.delivery import Delivery
 from pokestrator.errors import InvalidDefinition, LeaseLost, StoreUnavailable, TryAgainLater
-from pokestrator.jobs import Acknowledgement, Job, JobState, NewJob, Outcome, Route
+from pokestrator.jobs import Acknowledgement, Channel, Job, JobState, NewJob, Outcome, Route
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
 from pokestrator.store.jobs import Jobs
@@ -201,6 +201,8 @@ class Service:
     def _release(self, job: Job, error: StoreUnavailable) -> None:
         """Give a job back that the database's absence has stopped, once it is there again; that is no interruption."""
         log.warning("run_stopped", request_id=str(job.id), reason=str(error))
+        if job.channel is Channel.NONE:  # a terminal's job: nobody else may run it
+            raise error
         while not self._stopping.wait(RETRY_SECONDS):
             try:
                 self._jobs.release([job])

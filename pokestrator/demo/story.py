@@ -112,6 +112,7 @@ def run_demo(say: Say, task: str | None = None) -> None:
             "POKESTRATOR_API_KEY": api_key,
             "POKE_WEBHOOK_URL": inbox.message_url,
             "POKE_API_KEY": secrets.token_urlsafe(24),
+            "POKESTRATOR_DRAIN_SECONDS": "1",  # a job is under way at the end only when the demo was given up
         }
         stage = _set_up(stack, say, environment, folder, inbox, api_key)
         try:

@@ -168,7 +168,6 @@ def test_run_says_that_claude_has_no_key_and_does_not_ask_for_pokes(service_envi
     done = pokestrator("run", "Show me my Stripe payouts", environment=environment)
     assert "neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set" in done.stderr
     assert "POKE_API_KEY" not in done.stderr
-    assert done.stdout == "" or done.returncode == 0
 
 
 def test_run_works_on_an_embedded_database_that_keeps_what_was_built(
