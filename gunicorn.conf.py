@@ -1,5 +1,6 @@
 """The production server: one master, gthread workers. All its values come from the same settings as everything else."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def when_ready(server):
     deployed = f"https://YOUR-HOST{settings.mcp_path}"
     print(f"Connect Poke: npx poke@latest tunnel {url}{settings.mcp_path} -n pokestrator", flush=True)
     print(f"Deployed:     npx poke@latest mcp add {deployed} -n pokestrator -k YOUR_POKESTRATOR_API_KEY", flush=True)
+
+
+def post_fork(server, worker):
+    # Until the worker has handlers of its own it has the master's, which would swallow a SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def post_worker_init(worker):

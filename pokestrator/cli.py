@@ -14,20 +14,22 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from pokestrator import __version__, bootstrap
-from pokestrator.bootstrap import Application
-from pokestrator.demo.story import DemoFailed, run_demo
-from pokestrator.dispatcher import HEARTBEAT_SECONDS
+from pokestrator import __version__
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
-from pokestrator.following import Timeline
 from pokestrator.jobs import Channel, Job, JobState, NewJob, Outcome, new_job
 from pokestrator.settings import Settings, process_settings, server_environment
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from pokestrator.bootstrap import Application
+
+# A command imports what it needs when it is called: MCP's and PostgreSQL's libraries take a second that `serve`, which
+# only hands over to gunicorn, would spend for nothing.
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,8 @@ def serve() -> None:
 @click.option("--task", help="Send this task in place of the story's three.")
 def demo(task: str | None) -> None:
     """Watch tasks go in and results come back, in a temporary folder. Without a key, Claude is scripted."""
+    from pokestrator.demo.story import DemoFailed, run_demo
+
     configure_logging("ERROR")
     try:
         with _interruptible():
@@ -66,6 +70,8 @@ def demo(task: str | None) -> None:
 @click.argument("task")
 def run(task: str) -> None:
     """Do one TASK here and now ("-" reads it from standard input). Result on stdout, progress on stderr."""
+    from pokestrator import bootstrap
+
     try:
         # Nothing is sent for a task from a terminal, so that no key of Poke's is missed.
         settings = process_settings().model_copy(update={"inline": True, "poke_dry_run": True})
@@ -108,6 +114,8 @@ def check(folder: Path) -> None:
 
 def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
     """Run a job to its end in this process, and leave nothing behind."""
+    from pokestrator import bootstrap
+
     with ExitStack() as stack:
         try:
             url = bootstrap.database_url(settings)
@@ -124,6 +132,9 @@ def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
 
 
 def _follow_here(application: Application, job: Job) -> Outcome | None:
+    from pokestrator.dispatcher import HEARTBEAT_SECONDS
+    from pokestrator.following import Timeline
+
     # The job has the thread, the person has this one: Ctrl-C is heard here.
     worker = threading.Thread(target=_run_job, args=(application, job), name="job")
     renew_at = time.monotonic() + HEARTBEAT_SECONDS

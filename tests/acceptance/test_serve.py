@@ -174,7 +174,8 @@ def test_a_start_that_cannot_be_names_the_setting(
 
 def test_a_blank_number_of_workers_counts_as_unset(service_environment: Environment) -> None:
     with LocalService({**service_environment, "WEB_CONCURRENCY": " "}) as service:
-        assert eventually(lambda: len(children(service.pid)) == 1)
+        assert healthz(service)["status"] == "ok"
+        assert len(children(service.pid)) == 1
 
 
 def test_serve_says_where_it_listens_and_how_to_connect_it(service_environment: Environment) -> None:

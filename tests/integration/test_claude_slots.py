@@ -35,23 +35,6 @@ from tests.integration.agent_runs import (
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 
 
-@pytest.fixture(scope="module")
-def api() -> Iterator[MessagesApi]:
-    with MessagesApi() as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
-def slots(api: MessagesApi) -> Iterator[Slots]:
-    slots = Slots(2, agent_environment(api.url))
-    slots.start()
-    try:
-        yield slots
-    finally:
-        slots.close()
-    assert agents() == []
-
-
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as threads:

@@ -23,7 +23,6 @@ from pokestrator.runs import ErrorKind, sentence
 from pokestrator.service import ACCEPTED, ACCEPTED_FROM_MEMORY, BUSY_WITHOUT_DATABASE
 from pokestrator.settings import Settings
 from pokestrator.web.app import create_app
-from tests.integration.agent_runs import agent_environment
 from tests.integration.flow import (
     POET_TASK,
     TOKEN,
@@ -43,28 +42,6 @@ from tests.integration.flow import (
 )
 
 READY = "PostgreSQL initialized and subagents table is ready"
-
-
-@pytest.fixture(scope="module")
-def api() -> Iterator[MessagesApi]:
-    with MessagesApi() as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
-def slots(api: MessagesApi) -> Iterator[Slots]:
-    slots = Slots(2, agent_environment(api.url))
-    slots.start()
-    try:
-        yield slots
-    finally:
-        slots.close()
-
-
-@pytest.fixture
-def inbox() -> Iterator[Inbox]:
-    with Inbox() as inbox:
-        yield inbox
 
 
 @pytest.fixture

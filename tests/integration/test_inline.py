@@ -101,12 +101,6 @@ def recorder() -> Iterator[Recorder]:
 
 
 @pytest.fixture
-def inbox() -> Iterator[Inbox]:
-    with Inbox() as inbox:
-        yield inbox
-
-
-@pytest.fixture
 def api() -> Iterator[MessagesApi]:
     with MessagesApi() as api:
         yield api

@@ -16,7 +16,6 @@ from pokestrator.errors import StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Route
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.subagents import Origin
-from tests.integration.agent_runs import agent_environment
 from tests.integration.flow import (
     POET_TASK,
     UNFITTING_TASK,
@@ -37,28 +36,6 @@ from tests.integration.flow import (
 
 SCARF = draft("scarf_coder", tools=("Bash",)).model_dump(mode="json")
 DRAFTS_SCARF = {"structured": SCARF, "for": "draft"}
-
-
-@pytest.fixture(scope="module")
-def api() -> Iterator[MessagesApi]:
-    with MessagesApi() as api:
-        yield api
-
-
-@pytest.fixture(scope="module")
-def slots(api: MessagesApi) -> Iterator[Slots]:
-    slots = Slots(2, agent_environment(api.url))
-    slots.start()
-    try:
-        yield slots
-    finally:
-        slots.close()
-
-
-@pytest.fixture
-def inbox() -> Iterator[Inbox]:
-    with Inbox() as inbox:
-        yield inbox
 
 
 @pytest.fixture

@@ -1,0 +1,35 @@
+"""What agents and callbacks need: a scripted Messages API, warm slots, an inbox that plays Poke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pokestrator.claude.pool import Slots
+from pokestrator.demo.inbox import Inbox
+from pokestrator.demo.messages_api import MessagesApi
+from tests.integration.agent_runs import agent_environment, agents
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[MessagesApi]:
+    with MessagesApi() as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def slots(api: MessagesApi) -> Iterator[Slots]:
+    slots = Slots(2, agent_environment(api.url))
+    slots.start()
+    try:
+        yield slots
+    finally:
+        slots.close()
+    assert agents() == []
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    with Inbox() as inbox:
+        yield inbox
