@@ -27,7 +27,9 @@ ACCEPTED = "Working on it. The result comes later as its own message; there is n
 ACCEPTED_FROM_MEMORY = (
     "Working on it, but the database is away: if this service restarts before the result is sent, it is lost."
 )
-BUSY_WITHOUT_DATABASE = "The database is away and nothing more can run from memory; nothing was stored. Try again in a minute."
+BUSY_WITHOUT_DATABASE = (
+    "The database is away and nothing more can run from memory; nothing was stored. Try again in a minute."
+)
 UNCERTAIN = "The database went away while this was being stored. Try again in a minute."
 RETRY_SECONDS = 1.0
 NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
