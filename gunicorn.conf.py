@@ -1,5 +1,7 @@
 """The production server: one master, gthread workers. All its values come from the same settings as everything else."""
 
+import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -64,6 +66,9 @@ def post_worker_init(worker):
 def worker_exit(server, worker):
     if application := application_of(worker):
         application.close()
+        # Not by the interpreter's own way out, which waits for threads that serve requests nobody ends.
+        logging.shutdown()
+        os._exit(0)
 
 
 def on_exit(server):

@@ -14,23 +14,31 @@ from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher, owner_name
-from pokestrator.jobs import Acknowledgement, Job, NewJob
+from pokestrator.intake import Action, Question
+from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
+from pokestrator.liveness import Liveness
 from pokestrator.poke import Poke
-from pokestrator.service import RunPolicy, Service
+from pokestrator.running import Runner, RunPolicy
+from pokestrator.service import Service
 from pokestrator.settings import Settings
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.embedded import embedded_in
-from pokestrator.store.jobs import WAKE_CHANNEL, Jobs
+from pokestrator.store.history import History
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import Database, Line
+from pokestrator.store.recovery import Recovery
+from pokestrator.store.rows import WAKE_CHANNEL
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Template
+from pokestrator.sweeping import Sweeper
 from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
 INLINE_LEASE_SECONDS = 3_600.0  # somebody may be stepping; nobody renews
+OWNERS_FOLDER = "owners"  # in the data folder: a lock for each process that owns runs
 
 
 def database_url(settings: Settings) -> str:
@@ -46,6 +54,12 @@ def leave_embedded_database(settings: Settings) -> None:
         embedded_in(settings.data_dir).leave()
 
 
+def revive_embedded_database(settings: Settings) -> None:
+    """Start the embedded PostgreSQL again if that is what we use and it has died. Raises StoreUnavailable."""
+    if settings.database_url is None and embedded_in(settings.data_dir).revive():
+        log.warning("embedded_database_revived")
+
+
 @dataclass
 class Application:
     """One process's parts, wired."""
@@ -53,6 +67,7 @@ class Application:
     settings: Settings
     database: Database
     jobs: Jobs
+    history: History
     subagents: Subagents
     claude: Claude
     delivery: Delivery
@@ -60,6 +75,8 @@ class Application:
     service: Service
     templates: tuple[Template, ...]
     lines: tuple[Line, ...]
+    owner: str  # this process's name in the rows that it owns
+    liveness: Liveness
     abort_runs: Callable[[], None]  # end all runs at once, writing no result of theirs
 
     def start(self) -> None:
@@ -72,6 +89,7 @@ class Application:
         if self.settings.inline:
             self._prepare_inline()
             return
+        self.liveness.declare(self.owner)
         self.dispatcher.start()
         self.delivery.start()
 
@@ -79,13 +97,21 @@ class Application:
         """Take a job in. Raises TryAgainLater."""
         if self.settings.inline:
             return self.service.accept(job, lambda _work: False)
-        acknowledgement = self.service.accept(job, self.dispatcher.submit_from_memory)
+        impatient = self.dispatcher.database_error is not None
+        acknowledgement = self.service.accept(job, self.dispatcher.submit_from_memory, impatient=impatient)
         self.dispatcher.wake()
         return acknowledgement
 
+    def ask(self, question: Question) -> JobStatus:
+        """The status of a caller's job, after cancelling it if that is asked. Raises InvalidTask, TryAgainLater."""
+        status = self.service.ask(question)
+        if question.action is Action.CANCEL and status.state is JobState.RUNNING:
+            self.service.end_run(status.request_id)
+        return status
+
     def claim_here(self, job: NewJob) -> Job:
         """Store a job that only this process will run. Its lease is short: renew it while it runs."""
-        return self.jobs.insert_claimed(job, owner_name(), LEASE_SECONDS)
+        return self.jobs.insert_claimed(job, self.owner, LEASE_SECONDS)
 
     def renew(self, job: Job) -> bool:
         """Renew the lease of a job claimed here; whether it still was ours and running."""
@@ -93,7 +119,7 @@ class Application:
 
     def run_inline(self, job_id: uuid.UUID) -> None:
         """Run an accepted job in this thread, callback included."""
-        self.service.run_now(job_id, owner_name(), INLINE_LEASE_SECONDS)
+        self.service.run_now(job_id, self.owner, INLINE_LEASE_SECONDS)
 
     def degraded_because(self) -> str | None:
         """Why the service is not whole, or None."""
@@ -108,6 +134,7 @@ class Application:
         self.dispatcher.close()
         self.claude.close()
         self.delivery.close()
+        self.liveness.withdraw()
         for line in self.lines:
             line.close()
         self.database.close()
@@ -127,39 +154,54 @@ def build(
     """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged."""
     templates = _templates(templates_folder)
     database = Database(url, min_size=settings.db_pool_min_size, max_size=settings.db_pool_max_size)
-    jobs, subagents = Jobs(database), Subagents(database)
-    claims, heartbeats = database.line(), database.line()
+    jobs, history, subagents = Jobs(database), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database), make_poke(settings))
     stopping = threading.Event()
-    service = Service(
-        jobs=jobs,
-        subagents=subagents,
-        templates=templates,
-        claude=runs,
-        delivery=delivery,
-        policy=RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build),
-        stopping=stopping,
-    )
+    policy = RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build)
+    runner = Runner(jobs=jobs, history=history, subagents=subagents, templates=templates, claude=runs, policy=policy)
+    service = Service(jobs=jobs, history=history, runner=runner, claude=runs, delivery=delivery, stopping=stopping)
 
     def abort_runs() -> None:
         stopping.set()
         runs.close()
 
+    owner, liveness = owner_name(), Liveness(settings.data_dir.expanduser() / OWNERS_FOLDER)
+    claims, heartbeats = database.line(), database.line()
+    recovery = Recovery(claims)  # used by the same thread
     dispatcher = Dispatcher(
+        owner=owner,
         claims=Jobs(claims),
         heartbeats=Jobs(heartbeats),
+        cancellations=recovery,
+        sweeper=Sweeper(
+            recovery, liveness, owner=owner, lease_seconds=LEASE_SECONDS, retention_days=settings.retention_days
+        ),
         notifications=lambda stop: database.notifications(WAKE_CHANNEL, stop),
         prepare=lambda: prepare_database(database, subagents, templates),
+        revive=lambda: revive_embedded_database(settings),
         run=service.run_job,
+        cancel_run=runs.cancel,
         abort_runs=abort_runs,
         concurrency=concurrency,
         drain_seconds=settings.drain_seconds,
     )
-    lines = (claims, heartbeats)
     return Application(
-        settings, database, jobs, subagents, runs, delivery, dispatcher, service, templates, lines, abort_runs
+        settings=settings,
+        database=database,
+        jobs=jobs,
+        history=history,
+        subagents=subagents,
+        claude=runs,
+        delivery=delivery,
+        dispatcher=dispatcher,
+        service=service,
+        templates=templates,
+        lines=(claims, heartbeats),
+        owner=owner,
+        liveness=liveness,
+        abort_runs=abort_runs,
     )
 
 

@@ -11,22 +11,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+from uuid import UUID
 
 import click
 
 from pokestrator import __version__
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
-from pokestrator.jobs import Channel, Job, JobState, NewJob, Outcome, new_job
+from pokestrator.intake import new_job
+from pokestrator.jobs import CallbackState, Channel, Job, JobState, NewJob, Outcome
 from pokestrator.settings import Settings, process_settings, server_environment
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
-from pokestrator.telemetry import configure_logging
+from pokestrator.telemetry import configure_logging, one_line
 
 if TYPE_CHECKING:
     from pokestrator.bootstrap import Application
+    from pokestrator.store.callbacks import Callbacks
 
 # A command imports what it needs when it is called: MCP's and PostgreSQL's libraries take a second that `serve`, which
 # only hands over to gunicorn, would spend for nothing.
@@ -112,6 +116,101 @@ def check(folder: Path) -> None:
         sys.exit(1)
 
 
+@main.group()
+def callbacks() -> None:
+    """Dead letters: results that could not be delivered. They are kept until they are replayed or discarded."""
+
+
+@callbacks.command("list")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="How many at most.")
+def list_dead_letters(limit: int) -> None:
+    """List the dead letters, newest first: request_id, when, tries, last status, reason, and how the text begins."""
+    with _outbox() as outbox:
+        found = outbox.dead_letters(limit + 1)
+    for letter in found[:limit]:
+        at = letter.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        what = f"{_printable(letter.reason, 200)}  {_printable(letter.content, 60)}"
+        click.echo(f"{letter.request_id}  {at}  {letter.tries:>2} tries  {letter.status or '-':>3}  {what}")
+    if not found:
+        click.echo("There are no dead letters.", err=True)
+    if len(found) > limit:
+        click.echo(f"There are more than these {limit}; --limit shows them.", err=True)
+
+
+@callbacks.command()
+@click.argument("wanted", metavar="ID", type=click.UUID, required=False)
+@click.option("--dead", is_flag=True, help="All dead letters.")
+def replay(wanted: UUID | None, dead: bool) -> None:
+    """Send the dead letter of the request with this ID again, or all of them with --dead."""
+    number = _one_or_all(
+        wanted, dead, lambda outbox, callback: outbox.replay(callback), lambda outbox: outbox.replay_dead()
+    )
+    click.echo(f"{_counted(number)} will be sent by the running service.")
+
+
+@callbacks.command()
+@click.argument("wanted", metavar="ID", type=click.UUID, required=False)
+@click.option("--dead", is_flag=True, help="All dead letters.")
+def discard(wanted: UUID | None, dead: bool) -> None:
+    """Delete the dead letter of the request with this ID for good, or all of them with --dead."""
+    number = _one_or_all(
+        wanted, dead, lambda outbox, callback: outbox.discard(callback), lambda outbox: outbox.discard_dead()
+    )
+    click.echo(f"{_counted(number)} deleted for good.")
+
+
+@contextmanager
+def _outbox() -> Iterator[Callbacks]:
+    """The callbacks in the settings' database; one that is embedded is joined, and left running if others use it."""
+    from pokestrator import bootstrap
+    from pokestrator.store.callbacks import Callbacks
+    from pokestrator.store.pool import Database
+
+    try:
+        settings = process_settings()
+    except SettingsError as error:
+        _refuse(error)
+    configure_logging("ERROR")
+    with _interruptible(), ExitStack() as stack:
+        try:
+            url = bootstrap.database_url(settings)
+            stack.callback(bootstrap.leave_embedded_database, settings)
+            line = Database(url).line()
+            stack.callback(line.close)
+            yield Callbacks(line)
+        except StoreUnavailable as error:
+            _fail(3, f"no database: {error}")
+
+
+def _one_or_all(
+    wanted: UUID | None,
+    dead: bool,
+    one: Callable[[Callbacks, UUID], CallbackState | None],
+    every: Callable[[Callbacks], int],
+) -> int:
+    """Do something to the dead letter that is wanted, or to every one; to how many it was done."""
+    if (wanted is None) != dead:
+        raise click.UsageError("give either the ID of a request or --dead")
+    with _outbox() as outbox:
+        if wanted is None:
+            return every(outbox)
+        state = one(outbox, wanted)
+    if state is None:
+        _fail(1, f"there is no callback of a request {wanted}")
+    if state is not CallbackState.DEAD:
+        _fail(1, f"the callback of {wanted} is {state} already")
+    return 1
+
+
+def _counted(number: int) -> str:
+    return "1 callback" if number == 1 else f"{number} callbacks"
+
+
+def _printable(text: str, limit: int) -> str:
+    """What others wrote, on one line and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "·" for character in one_line(text, limit))
+
+
 def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
     """Run a job to its end in this process, and leave nothing behind."""
     from pokestrator import bootstrap
@@ -149,7 +248,7 @@ def _follow_here(application: Application, job: Job) -> Outcome | None:
 
     worker.start()
     try:
-        timeline = Timeline(application.jobs, job.id, lambda kind, text: click.echo(f"{kind:<9} {text}", err=True))
+        timeline = Timeline(application.history, job.id, lambda kind, text: click.echo(f"{kind:<9} {text}", err=True))
         return timeline.follow(is_given_up)
     except KeyboardInterrupt:
         _cancel(application, job)

@@ -1,13 +1,14 @@
-"""Claims queued jobs and runs each in a thread of its own; renews their leases; recovers others' orphans; drains.
+"""Claims queued jobs and runs each in a thread of its own; renews their leases; ends cancelled ones; drains.
 
-Three threads besides the runs': `dispatch` claims and sweeps, `heartbeat` renews, `listen` hears NOTIFY. The first two
-use database connections of their own, so that a busy pool never costs a lease. Wake-ups only save time; the poll
-guarantees.
+Three threads besides the runs': `dispatch` claims, and has the sweeper look after others' orphans; `heartbeat` renews;
+`listen` hears NOTIFY. The first two use database connections of their own, so that a busy pool never costs a lease.
+Wake-ups only save time; the poll guarantees.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -18,45 +19,61 @@ from concurrent.futures import ThreadPoolExecutor
 from pokestrator.errors import LeaseLost, PokestratorError, StoreUnavailable
 from pokestrator.jobs import Job
 from pokestrator.store.jobs import Jobs
+from pokestrator.store.recovery import Recovery
+from pokestrator.sweeping import Sweeper
 from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
 LEASE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 5.0
-SWEEP_SECONDS = 5.0
 POLL_SECONDS = 1.0
+RELEASE_SECONDS = 3.0  # a leaving instance has no time for a database that does not answer
 
 
 def owner_name() -> str:
     """Names this process in the rows that it owns."""
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).strip("-.") or "host"  # it becomes a file's name
+    return f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 class Dispatcher:
-    """One instance's hands. `run` takes a claimed job to its end; `prepare` makes the database ready for use."""
+    """One instance's hands.
+
+    `run` takes a claimed job to its end, `cancel_run` ends a run by its id; `prepare` makes the database ready for use,
+    `revive` may start it again when it is away.
+    """
 
     def __init__(
         self,
         *,
+        owner: str,
         claims: Jobs,
         heartbeats: Jobs,
+        cancellations: Recovery,
+        sweeper: Sweeper,
         notifications: Callable[[threading.Event], Iterator[str]],
         prepare: Callable[[], None],
-        run: Callable[[Job], None],
+        revive: Callable[[], None],
+        run: Callable[[Job], object],
+        cancel_run: Callable[[str], None],
         abort_runs: Callable[[], None],
         concurrency: int,
         drain_seconds: float,
     ) -> None:
+        self._owner = owner
         self._claims = claims
         self._heartbeats = heartbeats
+        self._cancellations = cancellations
+        self._sweeper = sweeper
         self._notifications = notifications
         self._prepare = prepare
+        self._revive = revive
         self._run_job = run
+        self._cancel_run = cancel_run
         self._abort_runs = abort_runs
         self._concurrency = concurrency
         self._drain_seconds = drain_seconds
-        self._owner = owner_name()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -65,7 +82,7 @@ class Dispatcher:
         self._from_memory = 0
         self._draining = False
         self._prepared = False
-        self._sweep_at = 0.0
+        self._lost_at: float | None = None  # when the database was first found away
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="job")
         self._threads = [
             threading.Thread(target=self._dispatch, name="dispatch", daemon=True),
@@ -118,18 +135,31 @@ class Dispatcher:
         log.info("draining", running=len(self._running), seconds=self._drain_seconds)
         while self._is_busy() and (left := deadline - time.monotonic()) > 0:
             self._wake.clear()
+            self._cancel_while_draining()
             if self._is_busy():
                 self._wake.wait(min(left, POLL_SECONDS))
-        with self._lock:
-            left_over = list(self._running.values())
-        if left_over:
-            try:
-                released = self._claims.release(left_over)
-                log.info("released", request_ids=[str(job_id) for job_id in released])
-            except StoreUnavailable as error:
-                log.warning("release_failed", reason=str(error))  # their leases run out instead
+        left_over = self._held()
         self._stop.set()
-        self._abort_runs()
+        self._abort_runs()  # first, so that no job runs here and elsewhere at once
+        if left_over:
+            self._release(left_over)
+
+    def _cancel_while_draining(self) -> None:
+        try:
+            self._cancel(self._held())
+        except StoreUnavailable as error:
+            log.debug("database_unreachable", thread="dispatch", reason=str(error))
+
+    def _release(self, jobs: list[Job]) -> None:
+        try:
+            released = self._claims.release(jobs, within=RELEASE_SECONDS)
+            log.info("released", request_ids=[str(job_id) for job_id in released])
+        except StoreUnavailable as error:
+            log.warning("release_failed", reason=str(error))  # their leases run out instead
+
+    def _held(self) -> list[Job]:
+        with self._lock:
+            return list(self._running.values())
 
     def _is_busy(self) -> bool:
         with self._lock:
@@ -148,6 +178,8 @@ class Dispatcher:
             except Exception as error:
                 log.exception("dispatch_failed")  # this thread must outlive every fault
                 self._lost_database(f"{type(error).__name__}")
+            if self.database_error is not None and not self._draining:
+                self._try_to_revive()
             self._wake.wait(POLL_SECONDS)
         self._drain()
 
@@ -162,42 +194,57 @@ class Dispatcher:
             self.database_error = str(error)
             return False
         self._prepared = True
-        self._recovered()
         log.info("PostgreSQL initialized and subagents table is ready")
         return True
 
     def _lost_database(self, reason: str) -> None:
         if self.database_error is None:
             log.error("database_lost", reason=reason)
+            self._lost_at = time.monotonic()
         self.database_error = reason
 
-    def _recovered(self) -> None:
-        # Owners could not renew while the database was away: give them a lease's time before taking their jobs.
-        self._sweep_at = time.monotonic() + LEASE_SECONDS
-        self.database_error = None
+    def _try_to_revive(self) -> None:
+        try:
+            self._revive()
+        except StoreUnavailable as error:
+            log.warning("revive_failed", reason=str(error))
+        except Exception:
+            log.exception("revive_failed")  # this thread must outlive every fault
 
     def _work(self) -> None:
-        with self._lock:
-            free = self._concurrency - len(self._running) - self._from_memory
+        free = self._free()
         # After an outage even a full instance asks, to notice the end of it.
-        jobs = self._claims.claim(self._owner, LEASE_SECONDS, max(free, 0)) if free > 0 or self.database_error else []
-        if self.database_error is not None:
-            log.info("database_back")
-            self._recovered()
+        jobs = self._claims.claim(self._owner, LEASE_SECONDS, free) if free > 0 or self.database_error else []
+        if self._draining:
+            if jobs:
+                self._release(jobs)
+            return
         for job in jobs:
             with self._lock:
                 self._running[job.id, job.claim_seq] = job
             self._executor.submit(self._run, job)
-        if time.monotonic() >= self._sweep_at:
-            self._sweep()
-            self._sweep_at = time.monotonic() + SWEEP_SECONDS
+        held = self._held()
+        if self.database_error is not None:
+            self._recovered(held)
+        self._sweeper.work(held)
+        self._cancel(held)
 
-    def _sweep(self) -> None:
-        requeued, failed = self._claims.requeue_expired()
-        for job_id in requeued:
-            log.warning("interrupted", request_id=str(job_id), outcome="queued again")
-        for job_id in failed:
-            log.error("interrupted", request_id=str(job_id), outcome="failed, interrupted too often")
+    def _free(self) -> int:
+        with self._lock:
+            return max(0, self._concurrency - len(self._running) - self._from_memory)
+
+    def _recovered(self, held: list[Job]) -> None:
+        away = float("inf") if self._lost_at is None else time.monotonic() - self._lost_at
+        self._sweeper.database_back(away, held)
+        if self._lost_at is not None:
+            log.info("database_back", seconds=round(away, 1))
+        self.database_error = self._lost_at = None
+
+    def _cancel(self, held: list[Job]) -> None:
+        wanted = self._cancellations.to_cancel(self._owner) if held else ()
+        for job in held:
+            if job.id in wanted:
+                self._cancel_run(job.run_id)
 
     def _run(self, job: Job) -> None:
         try:
@@ -233,14 +280,14 @@ class Dispatcher:
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with self._lock:
-                held = list(self._running.values())
+            held = self._held()
             if not held:
                 continue
             kept = self._heartbeats.renew(held, LEASE_SECONDS)
             for job in held:
                 if job.id not in kept and (job.id, job.claim_seq) in self._running:
-                    log.warning("lease_lost", request_id=str(job.id), reason="not renewed; its result will be dropped")
+                    log.warning("lease_lost", request_id=str(job.id), reason="not renewed; its run is ended")
+                    self._cancel_run(job.run_id)
 
     def _listen(self) -> None:
         for _ in self._notifications(self._stop):

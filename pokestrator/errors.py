@@ -50,7 +50,7 @@ class InvalidDefinition(PokestratorError):
 class StoreUnavailable(PokestratorError):
     """PostgreSQL cannot be reached, refused the connection, or did not answer in time.
 
-    `maybe_committed`: the connection was lost in mid-transaction, so whether it was committed is not known.
+    `maybe_committed`: COMMIT was sent, or may have been, and its answer did not come. False: certainly not committed.
     """
 
     def __init__(self, reason: str, *, maybe_committed: bool = False) -> None:

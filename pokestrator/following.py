@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 
 from pokestrator.jobs import Outcome
-from pokestrator.store.jobs import Jobs
+from pokestrator.store.history import History
 
 LOOK_SECONDS = 0.05  # between two looks
 
@@ -16,8 +16,8 @@ LOOK_SECONDS = 0.05  # between two looks
 class Timeline:
     """One job's timeline. Each of its events is handed to `tell` once, as (kind, text), in its order."""
 
-    def __init__(self, jobs: Jobs, job_id: uuid.UUID, tell: Callable[[str, str], None]) -> None:
-        self._jobs = jobs
+    def __init__(self, history: History, job_id: uuid.UUID, tell: Callable[[str, str], None]) -> None:
+        self._history = history
         self._job_id = job_id
         self._tell = tell
         self._told: list[str] = []
@@ -28,7 +28,7 @@ class Timeline:
         pause = threading.Event()
         while True:
             given_up = is_given_up()
-            outcome = self._jobs.outcome(self._job_id)
+            outcome = self._history.outcome(self._job_id)
             self._tell_news()
             if outcome is not None or given_up:
                 return outcome
@@ -47,6 +47,6 @@ class Timeline:
             pause.wait(LOOK_SECONDS)
 
     def _tell_news(self) -> None:
-        for event in self._jobs.timeline(self._job_id)[len(self._told) :]:
+        for event in self._history.timeline(self._job_id)[len(self._told) :]:
             self._told.append(event.kind)
             self._tell(event.kind, event.text)

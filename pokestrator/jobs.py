@@ -2,25 +2,25 @@
 
 queued ──claim──▶ running ──finish──▶ succeeded | failed | cancelled
    ▲                 │
-   └── interrupted ──┘
+   └── interrupted ──┘   (or released, or to be tried again; cancel ends a queued one at once)
 """
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from pokestrator.errors import InvalidTask
 from pokestrator.runs import ErrorKind, Usage
 
-MAX_TASK_CHARACTERS = 20_000
-MAX_METADATA_BYTES = 16 * 1024
 MAX_CALLBACK_CHARACTERS = 4_000  # people read it on a phone; the job keeps the whole result
+
+CANCELLED = "The task was cancelled, as you asked."
+TOO_LATE = "This was done before it could be cancelled:"
+RAN_AGAIN = "(The first try was cut short and I ran this again, so anything it did may have happened twice.)"
 
 
 class JobState(StrEnum):
@@ -60,6 +60,18 @@ class CallbackTarget:
 
 
 @dataclass(frozen=True)
+class Idempotency:
+    """Which earlier job a call may be a repetition of: one with this key, made in the last `seconds`.
+
+    `while_unfinished`: only as long as that job has not ended.
+    """
+
+    key: str  # a digest
+    seconds: float
+    while_unfinished: bool
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A checked task, not yet stored. `id` is the request_id and is made before the insert."""
 
@@ -69,6 +81,7 @@ class NewJob:
     caller: str | None
     channel: Channel
     callback: CallbackTarget | None = None
+    idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,13 @@ class Job:
     state: JobState
     claim_seq: int
     interruptions: int
+    api_retries: int
     created_at: datetime
+
+    @property
+    def run_id(self) -> str:
+        """Names this claim's run of an agent."""
+        return f"{self.id}:{self.claim_seq}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,7 @@ class Outcome:
     error: ErrorKind | None = None
     detail: str = ""
     usage: Usage = field(default_factory=Usage)
+    is_transient: bool = False  # the API had trouble that may be over in a moment
 
 
 @dataclass(frozen=True)
@@ -109,88 +129,51 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class Acknowledgement:
-    """What `orchestrate` answers. Not durable: the task runs from memory while the database is away."""
+    """What `orchestrate` answers. Not durable: the task runs from memory while the database is away.
+
+    `duplicate`: the call repeated an earlier one, and `request_id` is that one's.
+    """
 
     request_id: uuid.UUID
     durable: bool
     message: str
+    duplicate: bool = False
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What a caller may know of a job of theirs. Ages and waits are in seconds, by the database's clock."""
+
+    request_id: uuid.UUID
+    state: JobState
+    task: str
+    age_seconds: float
+    cancel_requested: bool
+    waits_seconds: float  # until it may run (again); 0 when it may at once
+    latest: JobEvent | None
+    result: str | None  # what the person is told, once it has ended
+    delivery: CallbackState | None  # of the message that says so; None while there is none
+
+
+def ending(outcome: Outcome, *, cancel_requested: bool, runs: int) -> Outcome:
+    """How a job really ends, whose last run ended like this.
+
+    A run that was to be cancelled is cancelled, unless it had succeeded before it could be. What comes from a second
+    run says so: the first may have sent, bought or written something before it was cut short.
+    """
+    if cancel_requested and outcome.state is not JobState.SUCCEEDED:
+        return Outcome(JobState.CANCELLED, CANCELLED, detail=outcome.detail, usage=outcome.usage)
+    text = f"{outcome.text}\n\n{RAN_AGAIN}" if runs > 1 and outcome.text else outcome.text
+    if cancel_requested:
+        text = f"{TOO_LATE}\n\n{text}"
+    return replace(outcome, text=text)
 
 
 def callback_content(result: str) -> str:
-    """A result as it is sent to the person."""
+    """A result as it is sent to the person; one that must be shortened keeps its end note."""
     if len(result) <= MAX_CALLBACK_CHARACTERS:
         return result
     note = "… (shortened)"
+    if result.endswith(RAN_AGAIN):
+        note = f"{note}\n\n{RAN_AGAIN}"
     return result[: MAX_CALLBACK_CHARACTERS - len(note)] + note
-
-
-def new_job(
-    task_description: object,
-    metadata: object = "",
-    *,
-    caller: str | None = None,
-    callback: CallbackTarget | None = None,
-    channel: Channel | None = None,
-) -> NewJob:
-    """Check an `orchestrate` call and make its job. Raises InvalidTask naming the field and the limit."""
-    task = _check_task(task_description)
-    return NewJob(
-        id=uuid.uuid4(),
-        task=task,
-        metadata=_check_metadata(metadata),
-        caller=caller,
-        channel=channel or (Channel.CALLBACK if callback else Channel.API_MESSAGE),
-        callback=callback,
-    )
-
-
-def _check_task(task: object) -> str:
-    if not isinstance(task, str):
-        raise InvalidTask("task_description", "must be text")
-    if not task.strip():
-        raise InvalidTask("task_description", "is empty; say in it what the person wants done")
-    if len(task) > MAX_TASK_CHARACTERS:
-        raise InvalidTask(
-            "task_description", f"has {len(task):,} characters; at most {MAX_TASK_CHARACTERS:,} are taken"
-        )
-    _check_characters("task_description", task)
-    return task
-
-
-def _check_metadata(metadata: object) -> str | Mapping[str, Any]:
-    if not isinstance(metadata, (str, dict)):
-        raise InvalidTask("metadata", "must be text or an object")
-    try:
-        encoded = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidTask("metadata", "holds a value that JSON cannot carry (such as NaN)") from error
-    # json.dumps has escaped NUL, so the characters are looked for in the values themselves.
-    for text in _texts(metadata):
-        _check_characters("metadata", text)
-    size = len(encoded.encode())
-    if size > MAX_METADATA_BYTES:
-        raise InvalidTask("metadata", f"is {size:,} bytes; at most {MAX_METADATA_BYTES:,} (16 KB) are taken")
-    return metadata
-
-
-def _check_characters(field: str, text: str) -> None:
-    if "\x00" in text:
-        raise InvalidTask(field, "holds a NUL character (U+0000), which cannot be stored; leave it out")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidTask(field, "holds a lone surrogate (U+D800 to U+DFFF), which is not text; leave it out")
-
-
-def _texts(value: object) -> list[str]:
-    """All strings in a JSON value, keys included."""
-    found: list[str] = []
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, dict):
-            todo.extend(item.keys())
-            todo.extend(item.values())
-        elif isinstance(item, list):
-            todo.extend(item)
-    return found

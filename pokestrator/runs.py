@@ -63,6 +63,7 @@ class RunRequest:
     max_turns: int = 30
     max_budget_usd: float = 1.0
     output_schema: Mapping[str, Any] | None = None  # JSON Schema; the answer is then in RunResult.structured
+    run_id: str = ""  # what Claude.cancel names it by
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class RunResult:
     error: ErrorKind | None = None
     detail: str = ""  # for the log and the job's record, never for the person
     usage: Usage = field(default_factory=Usage)
+    is_transient: bool = False  # trouble of the API that may be over in a moment: the same run may succeed then
 
 
 # What the person is told: one sentence that they can act on.

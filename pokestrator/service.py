@@ -1,24 +1,22 @@
-"""The flow: accept() takes a task in, run_job() takes a claimed job to its end."""
+"""The flow: accept() takes a task in, run_job() takes a claimed job to its end or to its next try."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
 
-from pokestrator.building import draft_request, read_draft, task_text
 from pokestrator.claude.pool import Claude
 from pokestrator.delivery import Delivery
-from pokestrator.errors import InvalidDefinition, LeaseLost, StoreUnavailable, TryAgainLater
-from pokestrator.jobs import Acknowledgement, Channel, Job, JobState, NewJob, Outcome, Route
-from pokestrator.routing import Decision, decide, decide_from_memory
-from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
+from pokestrator.errors import InvalidTask, LeaseLost, StoreUnavailable, TryAgainLater
+from pokestrator.intake import Question
+from pokestrator.jobs import Acknowledgement, Channel, Job, JobState, JobStatus, NewJob, Outcome
+from pokestrator.running import Runner, failed
+from pokestrator.runs import ErrorKind
+from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
-from pokestrator.store.subagents import Subagents
-from pokestrator.subagents import Definition, Subagent, Template
 from pokestrator.telemetry import get_logger, one_line
 
 log = get_logger(__name__)
@@ -27,39 +25,23 @@ ACCEPTED = "Working on it. The result comes later as its own message; there is n
 ACCEPTED_FROM_MEMORY = (
     "Working on it, but the database is away: if this service restarts before the result is sent, it is lost."
 )
+ACCEPTED_BEFORE = "This was handed over before and is not done twice. Its result comes, or came, as its own message."
 BUSY_WITHOUT_DATABASE = (
-    "The database is away and nothing more can run from memory; nothing was stored. Try again in a minute."
+    "The database is away or too slow, and nothing more can run from memory; nothing was stored. Try again in a minute."
 )
-UNCERTAIN = "The database went away while this was being stored. Try again in a minute."
+UNCERTAIN = (
+    "The database went away while this was being stored, so it may run or may not. If no result has come in some "
+    "minutes, send it again."
+)
+NOTHING_TO_SAY = "The database is away, so nothing can be said or done about earlier tasks. Try again in a minute."
+NOT_YOURS = "names no task of yours that is still known; leave it out for your latest task"
+NONE_YET = "is missing, and no task of yours is known"
+
+ACCEPT_SECONDS = 1.2  # for storing a task; with the lookup below, an answer comes in under 2 s
+LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
+IMPATIENT_SECONDS = 0.3  # in place of ACCEPT_SECONDS, while the database is known to be away
 RETRY_SECONDS = 1.0
-NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
-DEFAULT_MAX_TURNS = 30
-DEFAULT_MAX_BUDGET_USD = 1.0
-
-
-@dataclass(frozen=True)
-class RunPolicy:
-    """What runs are allowed where a subagent's version says nothing, and the ceiling where it does."""
-
-    model: str
-    fast_model: str
-    timeout_seconds: float  # a version may lower it, never raise it
-    after_build: Literal["ask", "run"]
-
-    def request(self, definition: Definition, prompt: str) -> RunRequest:
-        """A run of a subagent's version."""
-        return RunRequest(
-            prompt=prompt,
-            system_prompt=definition.system_prompt,
-            model=definition.model or self.model,
-            timeout_seconds=self.timeout_of(definition),
-            tools=definition.tools,
-            max_turns=definition.max_turns or DEFAULT_MAX_TURNS,
-            max_budget_usd=definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD,
-        )
-
-    def timeout_of(self, definition: Definition) -> float:
-        return min(definition.timeout_seconds or self.timeout_seconds, self.timeout_seconds)
+API_WAITS = (5.0, 25.0)  # seconds before the second and the third try, when Claude's API had trouble
 
 
 class Service:
@@ -69,60 +51,93 @@ class Service:
         self,
         *,
         jobs: Jobs,
-        subagents: Subagents,
-        templates: Sequence[Template],
+        history: History,
+        runner: Runner,
         claude: Claude,
         delivery: Delivery,
-        policy: RunPolicy,
         stopping: threading.Event,
     ) -> None:
         self._jobs = jobs
-        self._subagents = subagents
-        self._templates = {template.name: template for template in templates}
+        self._history = history
+        self._runner = runner
         self._claude = claude
         self._delivery = delivery
-        self._policy = policy
         self._stopping = stopping
+        self._runs_here: dict[uuid.UUID, str] = {}
 
     # in --------------------------------------------------------------------------------------------------------
 
-    def accept(self, job: NewJob, submit_from_memory: Callable[[Callable[[], None]], bool]) -> Acknowledgement:
+    def accept(
+        self, job: NewJob, submit_from_memory: Callable[[Callable[[], None]], bool], *, impatient: bool = False
+    ) -> Acknowledgement:
         """Store the job; when this returns, it is committed, or the answer says that it is not durable.
 
-        Raises TryAgainLater when the job was not taken.
+        `impatient`: the database is known to be away. Raises TryAgainLater when the job was not taken.
         """
         started = time.monotonic()
-        durable = self._store(job)
-        if not durable and not submit_from_memory(lambda: self._run_from_memory(job)):
+        stored = self._store(job, IMPATIENT_SECONDS if impatient else ACCEPT_SECONDS)
+        if stored is None and not submit_from_memory(lambda: self._run_from_memory(job)):
             raise TryAgainLater(BUSY_WITHOUT_DATABASE)
-        milliseconds = round(1000 * (time.monotonic() - started), 1)
-        log.info("accepted", request_id=str(job.id), durable=durable, channel=job.channel, ms=milliseconds)
-        return Acknowledgement(job.id, durable, ACCEPTED if durable else ACCEPTED_FROM_MEMORY)
+        log.info(
+            "accepted",
+            request_id=str(stored or job.id),
+            durable=stored is not None,
+            duplicate=stored not in (None, job.id),
+            channel=job.channel,
+            ms=round(1000 * (time.monotonic() - started), 1),
+        )
+        if stored is None:
+            return Acknowledgement(job.id, False, ACCEPTED_FROM_MEMORY)
+        if stored != job.id:
+            return Acknowledgement(stored, True, ACCEPTED_BEFORE, duplicate=True)
+        return Acknowledgement(stored, True, ACCEPTED)
 
-    def _store(self, job: NewJob) -> bool:
-        """Whether the job is stored. Raises TryAgainLater when that is not known."""
+    def _store(self, job: NewJob, within: float) -> uuid.UUID | None:
+        """The stored job's id (an earlier one's, if this repeats it); None when it certainly is not stored.
+
+        Raises TryAgainLater when that is not known.
+        """
         try:
-            self._jobs.insert(job)
-            return True
+            return self._jobs.insert(job, within)
         except StoreUnavailable as error:
-            log.warning("not_stored", request_id=str(job.id), reason=str(error))
+            log.warning("not_stored", request_id=str(job.id), reason=str(error), certain=not error.maybe_committed)
             if not error.maybe_committed:
-                return False
+                return None
         try:
             # The COMMIT's answer was lost. Storing the same id again waits for what may still be under way, and stores
             # it once; a guess could run the task twice.
-            self._jobs.insert(job)
-            return True
+            return self._jobs.insert(job, LOOKUP_SECONDS)
         except StoreUnavailable as error:
             raise TryAgainLater(UNCERTAIN) from error
 
+    def ask(self, question: Question) -> JobStatus:
+        """The status of a caller's job, cancelled first if that was asked. Raises InvalidTask, TryAgainLater."""
+        try:
+            status = self._history.answer(question, ACCEPT_SECONDS)
+        except StoreUnavailable as error:
+            raise TryAgainLater(NOTHING_TO_SAY) from error
+        if status is None:
+            raise InvalidTask("metadata.request_id", NONE_YET if question.request_id is None else NOT_YOURS)
+        if status.state is JobState.CANCELLED:
+            self._delivery.wake()
+        return status
+
+    def end_run(self, job_id: uuid.UUID) -> None:
+        """End this job's run, if it is in this process."""
+        if run_id := self._runs_here.get(job_id):
+            self._claude.cancel(run_id)
+
     # the run ---------------------------------------------------------------------------------------------------
 
-    def run_job(self, job: Job) -> None:
-        """Take a claimed job to its end and put its callback into the outbox. Raises LeaseLost."""
+    def run_job(self, job: Job) -> float | None:
+        """Take a claimed job to its end and put its callback into the outbox; or queue it for another try.
+
+        Returns the seconds until that try, None at the end. Raises LeaseLost.
+        """
         started = time.monotonic()
+        self._runs_here[job.id] = job.run_id
         try:
-            outcome = self._outcome(job)
+            outcome = self._runner.outcome(job)
         except LeaseLost:
             raise
         except StoreUnavailable as error:
@@ -131,74 +146,46 @@ class Service:
         except Exception as error:
             log.exception("run_failed", request_id=str(job.id))
             outcome = failed(ErrorKind.INTERNAL, f"{type(error).__name__}: {error}")
+        finally:
+            self._runs_here.pop(job.id, None)
         if self._stopping.is_set() and outcome.error is ErrorKind.AGENT_CRASHED:
             raise LeaseLost("this instance ended the run because it is leaving")
-        self._finish(job, outcome)
+        final, wait = self._settle(job, outcome)
         log.info(
-            "finished",
+            "will_run_again" if final is None else "finished",
             request_id=str(job.id),
-            state=outcome.state,
+            state=final.state if final else JobState.QUEUED,
             error=outcome.error,
             detail=one_line(outcome.detail),
             seconds=round(time.monotonic() - started, 2),
             cost_usd=round(outcome.usage.cost_usd, 4),
         )
         self._delivery.wake()
+        return wait if final is None else None
 
-    def _outcome(self, job: Job) -> Outcome:
-        decision = decide(self._subagents.candidates(job.task, tuple(self._templates.values())))
-        log.info("routed", request_id=str(job.id), route=decision.route, subagent=decision.name, reason=decision.reason)
-        if decision.route is Route.BUILD_NEW:
-            self._jobs.record_route(job, decision.route, decision.reason, None)
-            return self._build(job)
-        subagent = self._find(decision)
-        self._jobs.record_route(job, decision.route, decision.reason, (subagent.id, subagent.version))
-        return self._run_agent(job, subagent)
+    def _settle(self, job: Job, outcome: Outcome) -> tuple[Outcome | None, float]:
+        """Write what becomes of the job: how it ended, or None and the seconds until it may run again.
 
-    def _find(self, decision: Decision) -> Subagent:
-        assert decision.name is not None, "matches and templates are named"
-        subagent = self._subagents.get(decision.name)
-        return subagent or self._subagents.adopt(self._templates[decision.name])
+        What was cut short, and what the API failed to do, is tried again; not for a terminal, where a person waits.
+        """
+        if job.channel is not Channel.NONE:
+            if outcome.error is ErrorKind.AGENT_CRASHED:
+                return self._write(job, lambda: self._jobs.interrupt(job, outcome.detail, outcome.usage)), 0.0
+            if outcome.is_transient and job.api_retries < len(API_WAITS):
+                wait = API_WAITS[job.api_retries] * random.uniform(0.8, 1.2)
+                why = f"{outcome.error}: {outcome.detail}"
+                return self._write(job, lambda: self._jobs.retry(job, wait, why, outcome.usage)), wait
+        return self._write(job, lambda: self._jobs.finish(job, outcome)), 0.0
 
-    def _run_agent(self, job: Job, subagent: Subagent) -> Outcome:
-        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata))
-        self._note(job, "running", f"{subagent.name} version {subagent.version}")
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
-        return outcome_of(result, request.timeout_seconds)
-
-    def _build(self, job: Job) -> Outcome:
-        self._note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
-        request = draft_request(
-            job.task,
-            job.metadata,
-            model=self._policy.fast_model,
-            names_taken=[*self._templates, *self._subagents.names(NAMES_SHOWN)],
-            timeout_seconds=self._policy.timeout_seconds,
-        )
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
-        if result.error is not None:
-            return outcome_of(result, request.timeout_seconds)
-        try:
-            draft = read_draft(result, self._templates.keys())
-        except InvalidDefinition as error:
-            return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
-        subagent = self._subagents.build(draft, job.task, since=job.created_at)
-        self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
-        log.info("built", request_id=str(job.id), subagent=subagent.name)
-        if self._policy.after_build == "run":
-            outcome = self._run_agent(job, subagent)
-            return replace(outcome, usage=outcome.usage + result.usage)
-        return Outcome(JobState.SUCCEEDED, _built(subagent), usage=result.usage)
-
-    def _finish(self, job: Job, outcome: Outcome) -> None:
-        """Write the end; while the database is away, keep the result and try again."""
+    def _write(self, job: Job, transition: Callable[[], Outcome | None]) -> Outcome | None:
+        """Write a run's end; while the database is away, keep the result and try again. Raises LeaseLost."""
         while True:
             try:
-                return self._jobs.finish(job, outcome)
+                return transition()
             except StoreUnavailable as error:
                 log.warning("finish_waits", request_id=str(job.id), reason=str(error))
                 if self._stopping.wait(RETRY_SECONDS):
-                    raise
+                    raise LeaseLost(f"the database is away, and this instance is leaving: {error}") from error
 
     def _release(self, job: Job, error: StoreUnavailable) -> None:
         """Give a job back that the database's absence has stopped, once it is there again; that is no interruption."""
@@ -212,53 +199,22 @@ class Service:
             except StoreUnavailable:
                 continue
 
-    def _note(self, job: Job, kind: str, text: str) -> None:
-        try:
-            self._jobs.add_event(job.id, kind, one_line(text))
-        except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
-            log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
-
-    # without the database ----------------------------------------------------------------------------------------
-
     def _run_from_memory(self, job: NewJob) -> None:
-        decision = decide_from_memory(job.task, tuple(self._templates.values()))
-        log.info("routed", request_id=str(job.id), route=decision.route, reason=decision.reason, durable=False)
-        if decision.name is None:
-            outcome = failed(ErrorKind.NOT_STORED, decision.reason)
-        else:
-            template = self._templates[decision.name]
-            request = self._policy.request(template.definition(), task_text(job.task, job.metadata))
-            outcome = outcome_of(self._claude.run(request, _ignore), request.timeout_seconds)
+        outcome = self._runner.outcome_from_memory(job)
         log.info("finished", request_id=str(job.id), state=outcome.state, error=outcome.error, durable=False)
         self._delivery.send_from_memory(job, outcome.text)
 
     # here and now --------------------------------------------------------------------------------------------------
 
     def run_now(self, job_id: uuid.UUID, owner: str, lease_seconds: float) -> None:
-        """Run one accepted job in the caller's own thread, callback included; nothing if another instance has it."""
-        job = self._jobs.claim_one(job_id, owner, lease_seconds)
-        if job is None:
-            return
-        self.run_job(job)
-        self._delivery.deliver(job.id)
+        """Run one accepted job in the caller's own thread, later tries and the callback included.
 
-
-def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:
-    """How a job ends whose last run ended like this."""
-    if result.error is None:
-        return Outcome(JobState.SUCCEEDED, result.text, usage=result.usage)
-    return failed(result.error, result.detail, result.usage, timeout_seconds)
-
-
-def failed(kind: ErrorKind, detail: str, usage: Usage | None = None, timeout_seconds: float = 0) -> Outcome:
-    """A failure, with the one sentence that the person is told."""
-    return Outcome(JobState.FAILED, sentence(kind, timeout_seconds), kind, detail, usage or Usage())
-
-
-def _built(subagent: Subagent) -> str:
-    name, description = subagent.name.replace("_", " "), subagent.definition.description
-    return f"I had nothing for this yet, so I built “{name}”: {description} Please send the task again to run it."
-
-
-def _ignore(_event: RunEvent) -> None:
-    """Runs from memory have no timeline."""
+        Does nothing when another instance has it.
+        """
+        wait: float | None = 0.0
+        while wait is not None and not self._stopping.wait(wait):
+            job = self._jobs.claim_one(job_id, owner, lease_seconds)
+            if job is None:
+                return
+            wait = self.run_job(job)
+        self._delivery.deliver(job_id)

@@ -6,13 +6,11 @@ The table in the README lists the same names; a test holds the two together.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AliasChoices,
@@ -25,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from pokestrator.addresses import is_loopback, is_safe_url
 from pokestrator.errors import SettingsError
 from pokestrator.postgres_url import check_postgres_url
 
@@ -44,27 +43,6 @@ def _is_root() -> bool:
 def _default_data_dir() -> Path:
     # The embedded PostgreSQL, started by root, opens every parent of its folder to others: keep it out of home folders.
     return Path("/var/lib/pokestrator") if _is_root() else Path(".pokestrator")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` (a name or an address, IPv6 with or without brackets) stays on this machine."""
-    name = host.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def is_safe_url(url: str) -> bool:
-    """https anywhere, plain http on this machine only."""
-    try:
-        parts = urlsplit(url)
-        host, _port = parts.hostname, parts.port
-    except ValueError:  # brackets that do not close, a port beyond 65,535
-        return False
-    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
 
 
 def _check_url(value: object) -> object:
@@ -170,6 +148,13 @@ class Settings(BaseModel):
         "ask",
         alias="POKESTRATOR_AFTER_BUILD",
         description="`ask` the person to send the task again once a subagent is built, or `run` it at once",
+    )
+    retention_days: int = Field(
+        30,
+        alias="POKESTRATOR_RETENTION_DAYS",
+        ge=1,
+        le=3_650,
+        description="days that ended tasks are kept; those with an undelivered result are kept beyond them",
     )
     inline: bool = Field(
         False,

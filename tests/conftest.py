@@ -13,9 +13,11 @@ import psycopg
 import pytest
 
 from pokestrator.store.embedded import EmbeddedPostgres
+from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import Database
+from pokestrator.store.recovery import Recovery
 from pokestrator.store.subagents import Subagents
 
 TEMPLATE_DATABASE = "migrated"
@@ -71,6 +73,16 @@ def database(database_url: str) -> Iterator[Database]:
 @pytest.fixture
 def jobs(database: Database) -> Jobs:
     return Jobs(database)
+
+
+@pytest.fixture
+def history(database: Database) -> History:
+    return History(database)
+
+
+@pytest.fixture
+def recovery(database: Database) -> Recovery:
+    return Recovery(database)
 
 
 @pytest.fixture

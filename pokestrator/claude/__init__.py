@@ -1,9 +1,12 @@
 """Runs of Claude, each in a process of its own that nothing survives.
 
-pool.py      the service's side: N agent slots, or one inline in the caller's thread
-slot.py      a slot's side: what its process does before, around and after its runs
-worker.py    one run through the Claude Agent SDK; the only file with asyncio
-outcomes.py  how a run ended, in the words of runs.py
-processes.py process trees: finding and ending what a run has started
-capacity.py  how many runs this machine can hold
+pool.py         the service's side: N agent slots, or one inline in the caller's thread
+calls.py        its calls that have not returned, and which of them were told to end
+slot_process.py a slot as its parent sees it: a process that is replaced when it dies
+slot.py         a slot's side: what its process does before, around and after its runs
+worker.py       one run through the Claude Agent SDK; the only file with asyncio
+outcomes.py     how a run ended, in the words of runs.py
+folders.py      the folder that a run works in
+processes.py    process trees: finding and ending what a run has started
+capacity.py     how many runs this machine can hold
 """

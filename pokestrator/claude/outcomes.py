@@ -35,6 +35,9 @@ _BY_MESSAGE_ERROR = {
     "rate_limit": ErrorKind.RATE_LIMITED,
     "overloaded": ErrorKind.OVERLOADED,
 }
+# Trouble that may be over in a moment, whatever status it came with, if any.
+_TRANSIENT = {ErrorKind.RATE_LIMITED, ErrorKind.OVERLOADED, ErrorKind.UNREACHABLE, ErrorKind.STREAM_CUT}
+_REQUEST_TIMEOUT = 408
 _BY_PROSE = (
     (re.compile(r"timed out|timeout|ETIMEDOUT", re.I), ErrorKind.TIMEOUT),
     (
@@ -73,7 +76,8 @@ def result_of(ending: Ending, *, structured_wanted: bool) -> RunResult:
     if ending.stop_reason == "refusal":
         return failure(ErrorKind.REFUSAL, said, ending.usage)
     if ending.is_error:
-        return failure(_kind_of(ending, said), said, ending.usage)
+        kind = _kind_of(ending, said)
+        return failure(kind, said, ending.usage, is_transient=_is_transient(ending, kind))
     if structured_wanted:
         if not isinstance(ending.structured, Mapping):
             return failure(ErrorKind.NO_OUTPUT, f"no structured output; said: {ending.text}", ending.usage)
@@ -83,9 +87,11 @@ def result_of(ending: Ending, *, structured_wanted: bool) -> RunResult:
     return RunResult(text=ending.text, usage=ending.usage)
 
 
-def failure(kind: ErrorKind, detail: str, usage: Usage | None = None) -> RunResult:
+def failure(kind: ErrorKind, detail: str, usage: Usage | None = None, *, is_transient: bool = False) -> RunResult:
     """A result without an answer; `detail` is cut to one line of DETAIL_LIMIT characters."""
-    return RunResult(error=kind, detail=one_line(detail, DETAIL_LIMIT), usage=usage or Usage())
+    return RunResult(
+        error=kind, detail=one_line(detail, DETAIL_LIMIT), usage=usage or Usage(), is_transient=is_transient
+    )
 
 
 def usage_of(cost_usd: float | None, tokens: Mapping[str, Any] | None, turns: int) -> Usage:
@@ -110,3 +116,12 @@ def _kind_of(ending: Ending, said: str) -> ErrorKind:
     if ending.message_error in _BY_MESSAGE_ERROR:
         return _BY_MESSAGE_ERROR[ending.message_error]
     return next((kind for prose, kind in _BY_PROSE if prose.search(said)), ErrorKind.API_ERROR)
+
+
+def _is_transient(ending: Ending, kind: ErrorKind) -> bool:
+    """Whether the API may answer the same run in a moment. A run that took its whole time is not among these."""
+    if kind is ErrorKind.API_ERROR:
+        if ending.status is None:
+            return ending.message_error == "server_error"
+        return ending.status == _REQUEST_TIMEOUT or ending.status >= 500
+    return kind in _TRANSIENT

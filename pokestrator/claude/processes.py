@@ -7,6 +7,7 @@ names find them all. A child subreaper does: whatever its descendants leave behi
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import select
 import signal
@@ -118,6 +119,11 @@ def strays(
     roots.pop(os.getpid(), None)
     found = {**roots, **{process.pid: process for process in below(roots, table)}}
     return [process for process in found.values() if process.alive]
+
+
+def bystanders() -> set[int]:
+    """Processes that this one has started by multiprocessing, slots among them: never strays of a run."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 def _is_orphan(process: Process, since: float, bystanders: Collection[int]) -> bool:

@@ -83,8 +83,9 @@ def run(request: RunRequest, folder: str, deadline: float) -> RunResult:
 
     assert _slot is not None, "settle() comes first"
     _slot.folder = Path(folder)
+    end_all, never = processes.kill_descendants, lambda: False  # a slot whose run must end is killed itself
     try:
-        return worker.run(request, _slot.environment, _slot.folder, deadline, processes.kill_descendants, _slot.send)
+        return worker.run(request, _slot.environment, _slot.folder, deadline, end_all, _slot.send, never)
     finally:
         processes.reap()
         _slot.folder = None

@@ -56,14 +56,16 @@ def run(
     deadline: float,
     kill_processes: Callable[[], object],
     on_event: Callable[[RunEvent], None],
+    must_end: Callable[[], bool],
 ) -> RunResult:
     """Run `request` to its end or to `deadline` (time.monotonic()); returns with its processes killed, not reaped.
 
     `allowed` is what the agent may see of the environment, `folder` an empty one of its own whose name marks its
-    processes. `kill_processes` ends them at once, the CLI included.
+    processes. `kill_processes` ends them at once, the CLI included. Who ends the run that way from outside makes
+    `must_end` true before: the kill may come when the CLI is only just being started, and miss it.
     """
     variables = _environment(allowed, folder, deadline)
-    conversation = _Conversation(request, folder, deadline, kill_processes, _Censor(allowed), on_event)
+    conversation = _Conversation(request, folder, deadline, kill_processes, _Censor(allowed), on_event, must_end)
     try:
         with environment(variables):
             return asyncio.run(conversation.hold())
@@ -82,6 +84,7 @@ class _Conversation:
         kill_processes: Callable[[], object],
         censor: _Censor,
         on_event: Callable[[RunEvent], None],
+        must_end: Callable[[], bool],
     ) -> None:
         self._request = request
         self._folder = folder
@@ -89,6 +92,7 @@ class _Conversation:
         self._kill_processes = kill_processes
         self._censor = censor
         self._on_event = on_event
+        self._must_end = must_end
         self._result: ResultMessage | None = None
         self._message_error: str | None = None
         self._last_retry = ""
@@ -115,6 +119,8 @@ class _Conversation:
                     self._take(message)
                     if isinstance(message, ResultMessage):
                         return  # what else the CLI has running could hold the stream open for minutes
+                    if self._must_end():  # seen here at the latest with the first message, before the API is asked
+                        return
             finally:
                 self._kill_processes()  # or closing would wait five seconds for the CLI to leave
 

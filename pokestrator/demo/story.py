@@ -23,7 +23,7 @@ from pokestrator.following import Timeline
 from pokestrator.jobs import JobState, Outcome, Route
 from pokestrator.settings import demo_environment
 from pokestrator.store.embedded import EmbeddedPostgres
-from pokestrator.store.jobs import Jobs
+from pokestrator.store.history import History
 from pokestrator.store.pool import Database
 from pokestrator.store.subagents import Subagents
 
@@ -57,7 +57,7 @@ class Stage:
         self._service = service
         self._inbox = inbox
         self._api_key = api_key
-        self._jobs = Jobs(database)
+        self._history = History(database)
         self.subagents = Subagents(database)
         self._caller = str(uuid.uuid4())
 
@@ -76,7 +76,7 @@ class Stage:
         ack, milliseconds = call_orchestrate(self._service.url, {"task_description": task}, headers)
         self._say(f"  ack in {milliseconds:.1f} ms: {ack['status']}, request {ack['request_id']}")
         job_id = uuid.UUID(ack["request_id"])
-        timeline = Timeline(self._jobs, job_id, lambda kind, text: self._say(f"    {kind:<9} {text}"))
+        timeline = Timeline(self._history, job_id, lambda kind, text: self._say(f"    {kind:<9} {text}"))
         deadline = time.monotonic() + LONGEST_JOB_SECONDS
         outcome = timeline.follow(lambda: time.monotonic() > deadline)
         if outcome is None:
@@ -88,7 +88,7 @@ class Stage:
         self._say(f"← callback after {callback.at - sent:.1f} s: {callback.body['content']}")
         if not timeline.follow_to("delivered", DELIVERED_SECONDS):
             raise DemoFailed(f"the callback arrived, but was not recorded within {DELIVERED_SECONDS:.0f} s")
-        return Ended(outcome, *self._jobs.road(job_id))
+        return Ended(outcome, *self._history.road(job_id))
 
 
 def run_demo(say: Say, task: str | None = None) -> None:

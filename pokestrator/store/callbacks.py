@@ -1,7 +1,7 @@
 """The outbox in PostgreSQL: callbacks that wait, are being sent, were delivered or are dead letters.
 
-A claim counts an attempt and holds the row for a while; the attempt's number is the fence of what is written
-about it, so that a sender which was too late changes nothing.
+A claim counts an attempt and holds the row for a while; the attempt's number, which only ever grows, is the fence of
+what is written about it, so that a sender which was too late changes nothing. All times are the database's.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from psycopg.rows import DictRow
 
-from pokestrator.jobs import CallbackTarget, Channel
+from pokestrator.jobs import CallbackState, CallbackTarget, Channel
 from pokestrator.store.pool import ConnectionSource
+from pokestrator.store.rows import storable, write_event
 
-HOLD_SECONDS = 90  # longer than one POST takes
+HOLD_SECONDS = 60  # longer than one POST takes
+UNSENDABLE_HOURS = 76  # as long as tries last
 
 # ARRAY(…) has the subquery run once; with IN the planner may run it for each row, and the limit is not kept.
+# A hold further ahead than any claim makes it was written before the clock went back.
 CLAIM_DUE = """
 UPDATE callbacks SET attempts = attempts + 1, lease_until = now() + make_interval(secs => %(hold)s)
 FROM jobs
 WHERE jobs.id = callbacks.job_id AND callbacks.id = ANY (ARRAY(
-    SELECT id FROM callbacks
-    WHERE state = 'pending' AND next_attempt_at <= now() AND (lease_until IS NULL OR lease_until < now())
-        AND channel = ANY (%(channels)s::channel[]) AND (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s)
-    ORDER BY next_attempt_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
-RETURNING callbacks.*, jobs.callback_url, jobs.callback_token, left(jobs.task, 200) AS task"""
+    SELECT due.id FROM callbacks AS due JOIN jobs AS job ON job.id = due.job_id
+    WHERE due.state = 'pending' AND due.next_attempt_at <= now()
+        AND (due.lease_until IS NULL OR due.lease_until < now() OR due.lease_until > now() + interval '10 minutes')
+        AND due.channel = ANY (%(channels)s::channel[])
+        AND (%(job_id)s::uuid IS NULL OR due.job_id = %(job_id)s)
+        AND NOT (due.channel = 'callback' AND job.callback_url = ANY (%(busy)s::text[]))
+    ORDER BY due.next_attempt_at LIMIT %(limit)s FOR UPDATE OF due SKIP LOCKED))
+RETURNING callbacks.*, attempts - attempts_before AS tries, extract(epoch FROM now() - begun_at)::float AS age_seconds,
+    jobs.callback_url, jobs.callback_token, left(jobs.task, 200) AS task"""
 
 DELIVERED = """
 UPDATE callbacks SET state = 'delivered', ended_at = now(), lease_until = NULL, last_status = %(status)s,
@@ -43,10 +51,58 @@ UPDATE callbacks SET lease_until = NULL, next_attempt_at = now() + make_interval
     channel = %(channel)s, last_status = %(status)s, last_error = %(error)s
 WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
 
+# The longest waits, with some to spare: none before the first try, an hour after the next ones (if the receiver asks
+# for it), 29 hours after the last but one.
+BRING_FORWARD = """
+UPDATE callbacks SET next_attempt_at = now()
+WHERE state = 'pending' AND next_attempt_at > now() + interval '1 minute'
+    AND next_attempt_at > now() + CASE
+        WHEN attempts = attempts_before THEN interval '1 minute'
+        WHEN attempts - attempts_before <= 5 THEN interval '2 hours'
+        ELSE interval '30 hours' END"""
+
+END_UNSENDABLE = """
+WITH dead AS (
+    UPDATE callbacks SET state = 'dead', ended_at = now(), last_status = NULL, last_error = %(reason)s
+    WHERE state = 'pending' AND next_attempt_at < now() - make_interval(hours => %(hours)s) AND lease_until IS NULL
+        AND NOT channel = ANY (%(channels)s::channel[])
+    RETURNING job_id
+), event AS (
+    INSERT INTO job_events (job_id, kind, text) SELECT job_id, 'callback dead', %(reason)s FROM dead
+)
+SELECT count(*) FROM dead"""
+
+DEAD_LETTERS = """
+SELECT job_id, ended_at, attempts - attempts_before AS tries, last_status, last_error, content FROM callbacks
+WHERE state = 'dead' ORDER BY ended_at DESC LIMIT %s"""
+
+STATE = "SELECT state FROM callbacks WHERE id = %(id)s OR job_id = %(id)s FOR UPDATE"
+
+REPLAY = """
+WITH replayed AS (
+    UPDATE callbacks SET state = 'pending', ended_at = NULL, begun_at = now(), next_attempt_at = now(),
+        attempts_before = attempts
+    WHERE state = 'dead' AND (%(id)s::uuid IS NULL OR id = %(id)s OR job_id = %(id)s)
+    RETURNING job_id
+), event AS (
+    INSERT INTO job_events (job_id, kind, text) SELECT job_id, 'replayed', 'its tries begin anew' FROM replayed
+)
+SELECT count(*) FROM replayed"""
+
+DISCARD = """
+WITH discarded AS (
+    DELETE FROM callbacks WHERE state = 'dead' AND (%(id)s::uuid IS NULL OR id = %(id)s OR job_id = %(id)s)
+    RETURNING job_id
+), event AS (
+    INSERT INTO job_events (job_id, kind, text)
+    SELECT job_id, 'dead letter discarded', 'it was never delivered' FROM discarded
+)
+SELECT count(*) FROM discarded"""
+
 
 @dataclass(frozen=True)
 class Callback:
-    """One claimed attempt to deliver a job's result. `attempt` counts from 1."""
+    """One claimed attempt to deliver a job's result."""
 
     id: uuid.UUID
     job_id: uuid.UUID
@@ -54,7 +110,21 @@ class Callback:
     content: str
     channel: Channel
     target: CallbackTarget | None
-    attempt: int
+    attempt: int  # the fence
+    tries: int  # the number of this one in its schedule, from 1
+    age_seconds: float  # since the schedule began; negative when the clock went back
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A callback that was given up. It is kept until it is replayed or discarded."""
+
+    request_id: uuid.UUID
+    at: datetime
+    tries: int
+    status: int | None  # of the last answer, if there was one
+    reason: str
+    content: str
 
 
 class Callbacks:
@@ -63,35 +133,100 @@ class Callbacks:
     def __init__(self, source: ConnectionSource) -> None:
         self._source = source
 
-    def claim_due(self, channels: Sequence[Channel], limit: int, job_id: uuid.UUID | None = None) -> list[Callback]:
-        """Take up to `limit` callbacks whose time has come, on these channels; with `job_id`, only that job's."""
-        values = {"hold": HOLD_SECONDS, "channels": [str(c) for c in channels], "limit": limit, "job_id": job_id}
+    # sending ---------------------------------------------------------------------------------------------------
+
+    def claim_due(
+        self,
+        channels: Sequence[Channel],
+        limit: int,
+        job_id: uuid.UUID | None = None,
+        *,
+        busy: Sequence[str] = (),
+    ) -> list[Callback]:
+        """Take up to `limit` callbacks whose time has come, on these channels and at no callback URL among `busy`.
+
+        With `job_id`, only that job's.
+        """
+        values = {
+            "hold": HOLD_SECONDS,
+            "channels": [str(channel) for channel in channels],
+            "limit": limit,
+            "job_id": job_id,
+            "busy": list(busy),
+        }
         with self._source.connection() as connection:
             return [_callback(row) for row in connection.execute(CLAIM_DUE, values)]
 
     def delivered(self, callback: Callback, status: int | None) -> None:
-        self._write(
-            DELIVERED, callback, status=status, event=("delivered", f"{callback.channel}: {status or 'dry run'}")
-        )
+        event = ("delivered", f"{callback.channel}: {status or 'dry run'}")
+        self._write(DELIVERED, callback, status=status, event=event)
 
     def dead(self, callback: Callback, status: int | None, error: str) -> None:
-        """The dead letters: kept with the reason, replayable."""
-        self._write(DEAD, callback, status=status, error=error, event=("callback dead", error))
+        """To the dead letters: kept with the reason, replayable."""
+        self._write(DEAD, callback, status=status, error=storable(error), event=("callback dead", error))
 
     def retry(
         self, callback: Callback, status: int | None, error: str, *, wait_seconds: float, channel: Channel
     ) -> None:
         """Try again after `wait_seconds`, on `channel`."""
         event = ("callback failed", f"{error}; next try in {wait_seconds:.0f} s")
-        self._write(RETRY, callback, status=status, error=error, wait=wait_seconds, channel=channel, event=event)
+        values = {"status": status, "error": storable(error), "wait": wait_seconds, "channel": channel}
+        self._write(RETRY, callback, event=event, **values)
 
     def _write(self, sql: str, callback: Callback, *, event: tuple[str, str], **values: object) -> None:
         with self._source.connection() as connection:
             done = connection.execute(sql, {"id": callback.id, "attempt": callback.attempt, **values})
             if done.rowcount:
-                connection.execute(
-                    "INSERT INTO job_events (job_id, kind, text) VALUES (%s, %s, %s)", [callback.job_id, *event]
-                )
+                write_event(connection, callback.job_id, *event)
+
+    # upkeep ----------------------------------------------------------------------------------------------------
+
+    def bring_forward(self) -> int:
+        """Make due what waits longer than any wait is, because the clock went back meanwhile; how many."""
+        with self._source.connection() as connection:
+            return connection.execute(BRING_FORWARD).rowcount
+
+    def end_unsendable(self, channels: Sequence[Channel], reason: str) -> int:
+        """Make dead letters of what was due for UNSENDABLE_HOURS on another channel than these; how many."""
+        values = {"channels": [str(channel) for channel in channels], "hours": UNSENDABLE_HOURS, "reason": reason}
+        return self._count(END_UNSENDABLE, values)
+
+    # dead letters ------------------------------------------------------------------------------------------------
+
+    def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The newest ones, newest first."""
+        with self._source.connection() as connection:
+            return [_dead_letter(row) for row in connection.execute(DEAD_LETTERS, [limit])]
+
+    def replay(self, wanted: uuid.UUID) -> CallbackState | None:
+        """Send a dead letter again, with the whole schedule before it. `wanted` is the request_id or the callback's id.
+
+        Returns the state it was found in: DEAD when it will be sent, any other when it was left alone, or None.
+        """
+        return self._of_one(REPLAY, wanted)
+
+    def replay_dead(self) -> int:
+        """Send all dead letters again; how many."""
+        return self._count(REPLAY, {"id": None})
+
+    def discard(self, wanted: uuid.UUID) -> CallbackState | None:
+        """Delete a dead letter for good; otherwise as `replay`."""
+        return self._of_one(DISCARD, wanted)
+
+    def discard_dead(self) -> int:
+        """Delete all dead letters for good; how many."""
+        return self._count(DISCARD, {"id": None})
+
+    def _of_one(self, sql: str, wanted: uuid.UUID) -> CallbackState | None:
+        with self._source.connection() as connection:
+            found = connection.execute(STATE, {"id": wanted}).fetchone()
+            connection.execute(sql, {"id": wanted})
+            return None if found is None else CallbackState(found["state"])
+
+    def _count(self, sql: str, values: dict[str, object]) -> int:
+        with self._source.connection() as connection:
+            row = connection.execute(sql, values).fetchone()
+            return 0 if row is None else int(row["count"])
 
 
 def _callback(row: DictRow) -> Callback:
@@ -104,4 +239,17 @@ def _callback(row: DictRow) -> Callback:
         channel=Channel(row["channel"]),
         target=CallbackTarget(url, token) if url else None,
         attempt=row["attempts"],
+        tries=row["tries"],
+        age_seconds=row["age_seconds"],
+    )
+
+
+def _dead_letter(row: DictRow) -> DeadLetter:
+    return DeadLetter(
+        request_id=row["job_id"],
+        at=row["ended_at"],
+        tries=row["tries"],
+        status=row["last_status"],
+        reason=row["last_error"] or "",
+        content=row["content"],
     )

@@ -13,6 +13,7 @@ from pokestrator.store.pool import Connection, Database, reason_of
 
 FOLDER = Path(__file__).parent / "migrations"
 LOCK_KEY = 0x706F6B65  # "poke"
+MIGRATION_SECONDS = 300
 
 LEDGER = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
@@ -52,10 +53,10 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
     Raises StoreUnavailable, also when PostgreSQL refuses a migration; MigrationChanged when an applied file was edited.
     """
     applied = []
-    with database.connect() as connection:
+    with database.connect(operation_seconds=MIGRATION_SECONDS + 10) as connection:
         try:
             # Waiting for the process that migrates may take longer than a statement should.
-            connection.execute("SET statement_timeout = '5min'")
+            connection.execute(f"SET statement_timeout = '{MIGRATION_SECONDS}s'".encode())
             connection.execute("SET lock_timeout = 0")
             connection.execute("SELECT pg_advisory_lock(%s)", [LOCK_KEY])
             connection.execute(LEDGER)

@@ -1,67 +1,70 @@
-"""Connections to PostgreSQL, and the one place where the driver's errors become ours."""
+"""Where connections to PostgreSQL come from: the pool of a process, and lines beside it."""
 
 from __future__ import annotations
 
-import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 import psycopg
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from pokestrator.errors import StoreUnavailable
-
-Connection = psycopg.Connection[DictRow]
-
-# What the server's absence looks like; a table that is missing means that another process has yet to migrate.
-AWAY = (
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.ReadOnlySqlTransaction,  # a standby, after a failover
-    psycopg.errors.InsufficientPrivilege,
+from pokestrator.store.connection import (
+    AWAY,
+    OPERATION_SECONDS,
+    STATEMENT_SECONDS,
+    Connection,
+    Deadline,
+    NoAnswer,
+    connecting_within,
+    reason_of,
 )
 
+__all__ = ["Connection", "ConnectionSource", "Database", "Line", "reason_of"]
+
 CONNECT_SECONDS = 3
-WAIT_FOR_CONNECTION_SECONDS = 1.5  # an accept answers in under 2 s
+WAIT_FOR_CONNECTION_SECONDS = 1.5
+LEAST_SECONDS = 0.05  # one who gets a connection later than that before the deadline would only break it
+LISTEN_CHECK_SECONDS = 5.0
 # How long the pool tries by itself after a connection has failed. Its waits double, up to minutes, and in the meantime
 # it opens nothing for those who ask; once it has given up, the next one who asks makes it try.
 RECONNECT_SECONDS = 1.0
-# A server that hangs must not hang us: the client gives up on silent connections, the server on slow statements.
-OPTIONS = "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=30s"
+OPTIONS = f"-c statement_timeout={STATEMENT_SECONDS:g}s -c lock_timeout=3s -c idle_in_transaction_session_timeout=30s"
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 10_000}
 
 
 class ConnectionSource(Protocol):
     """Where a store gets its connections from: the pool, or a line of its own."""
 
-    def connection(self) -> AbstractContextManager[Connection]: ...
+    def connection(self, within: float | None = None) -> AbstractContextManager[Connection]: ...
 
 
 class Database:
     """The pool of one process, and connections beside it. Nothing is opened before `open`."""
 
     def __init__(self, url: str, *, min_size: int = 1, max_size: int = 5) -> None:
-        self._url = url
+        self.url = url
         self._connect: dict[str, Any] = {
             "row_factory": dict_row,
+            "autocommit": True,  # each block begins its own transaction
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "pokestrator",
             "options": OPTIONS,
             **KEEPALIVES,
         }
+        self._lock = threading.Lock()
+        self._in_use = 0
         self._pool: ConnectionPool[Connection] = ConnectionPool(
             url,
+            connection_class=Connection,
             min_size=min_size,
             max_size=max_size,
             open=False,
-            timeout=WAIT_FOR_CONNECTION_SECONDS,
             reconnect_timeout=RECONNECT_SECONDS,
-            check=ConnectionPool.check_connection,  # a restarted server leaves dead connections behind
             kwargs=self._connect,
         )
 
@@ -73,40 +76,111 @@ class Database:
         self._pool.close(timeout=2)
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
+    def connection(self, within: float | None = None) -> Iterator[Connection]:
         """A pooled connection in a transaction: commits at the end, rolls back on any error.
 
-        Raises StoreUnavailable; its `maybe_committed` is False when no statement can have reached the server.
-        """
-        reached = False
-        try:
-            with self._pool.connection() as connection:
-                reached = True
-                yield connection
-        except (*AWAY, PoolTimeout, PoolClosed) as error:
-            raise StoreUnavailable(reason_of(error, self._url), maybe_committed=reached) from error
+        `within`: seconds that all of it may take, from the wait for the pool to the COMMIT. Without it the pool gets
+        WAIT_FOR_CONNECTION_SECONDS and then each operation OPERATION_SECONDS.
 
-    def connect(self, *, autocommit: bool = True) -> Connection:
-        """A connection of one's own, outside the pool. Raises StoreUnavailable."""
+        Raises StoreUnavailable; its `maybe_committed` says that COMMIT was sent, or may have been, and not answered.
+        """
+        connection = self._begun(within)
         try:
-            return psycopg.Connection[DictRow].connect(self._url, autocommit=autocommit, **self._connect)
+            with connection.rest_of_transaction(self.url):
+                yield connection
+        finally:
+            self._give_back(connection)
+
+    def connect(self, *, within: float | None = None, operation_seconds: float = OPERATION_SECONDS) -> Connection:
+        """A connection of one's own, outside the pool, in autocommit mode. Raises StoreUnavailable.
+
+        `within`: seconds that connecting may take; `operation_seconds`: what each operation on it may take.
+        """
+        deadline = Deadline(OPERATION_SECONDS if within is None else within)
+        try:
+            with connecting_within(deadline):
+                connection = Connection.connect(self.url, **self._connect)
         except psycopg.Error as error:  # also a URL that libpq cannot read
-            raise StoreUnavailable(reason_of(error, self._url)) from None
+            raise StoreUnavailable(reason_of(error, self.url)) from None
+        connection.operation_seconds = operation_seconds
+        return connection
 
     def line(self) -> Line:
         return Line(self)
 
     def notifications(self, channel: str, stop: threading.Event) -> Iterator[str]:
-        """Payloads of NOTIFY on `channel` until `stop` is set; the first item, "", says that it listens."""
+        """Payloads of NOTIFY on `channel` until `stop` is set; the first item, "", says that it listens.
+
+        Raises StoreUnavailable; a server that falls silent is noticed within LISTEN_CHECK_SECONDS + OPERATION_SECONDS.
+        """
         try:
             with self.connect() as connection:
-                connection.execute(f"LISTEN {channel}")
+                connection.execute(f"LISTEN {channel}".encode())
                 yield ""
+                checked = time.monotonic()
                 while not stop.is_set():
                     for notification in connection.notifies(timeout=1):
                         yield notification.payload
+                    if time.monotonic() - checked > LISTEN_CHECK_SECONDS:
+                        connection.execute("SELECT 1")
+                        checked = time.monotonic()
         except AWAY as error:
-            raise StoreUnavailable(reason_of(error, self._url)) from error
+            raise StoreUnavailable(reason_of(error, self.url)) from error
+
+    def _begun(self, within: float | None) -> Connection:
+        """A connection from the pool that has answered to BEGIN. Raises StoreUnavailable.
+
+        A restarted server leaves dead connections behind: they are replaced until one answers or the time is over.
+        """
+        wait = Deadline(WAIT_FOR_CONNECTION_SECONDS if within is None else within)
+        patience = OPERATION_SECONDS if within is None else within / 2  # the other half is for a new connection
+        fault: psycopg.Error | None = None
+        while True:
+            connection = self._take(wait, fault)
+            asked = time.monotonic()
+            try:
+                self._begin(connection, patience, wait if within is not None else None)
+                return connection
+            except BaseException as error:
+                self._give_back(connection)
+                if not isinstance(error, psycopg.Error):
+                    raise
+                fault = error
+                if time.monotonic() - asked >= patience:
+                    self._pool.drain()  # the other idle ones are as old: nobody should wait for each of them
+
+    def _begin(self, connection: Connection, patience: float, deadline: Deadline | None) -> None:
+        connection.operation_seconds = patience
+        try:
+            connection.begin(deadline)
+        finally:
+            connection.operation_seconds = OPERATION_SECONDS
+
+    def _take(self, wait: Deadline, fault: psycopg.Error | None) -> Connection:
+        try:
+            connection = self._pool.getconn(max(wait.left() - LEAST_SECONDS, 0))
+        except (PoolTimeout, PoolClosed) as error:
+            raise StoreUnavailable(self._why_none(error, wait, fault)) from (fault or error)
+        with self._lock:
+            self._in_use += 1
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        connection.deadline = None
+        with self._lock:
+            self._in_use -= 1
+        self._pool.putconn(connection)
+
+    def _why_none(self, error: PoolTimeout | PoolClosed, wait: Deadline, fault: psycopg.Error | None) -> str:
+        if isinstance(error, PoolClosed):
+            return reason_of(error, self.url)
+        if isinstance(fault, NoAnswer):
+            return str(NoAnswer(wait.seconds, asked=True))
+        if fault is not None:
+            return reason_of(fault, self.url)
+        if self._in_use >= self._pool.max_size:
+            return f"no connection was free within {wait.seconds:g} s: all {self._pool.max_size} are in use"
+        return f"no connection could be opened within {wait.seconds:g} s"
 
 
 class Line:
@@ -117,30 +191,20 @@ class Line:
         self._connection: Connection | None = None
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """The connection in a transaction. Raises StoreUnavailable."""
+    def connection(self, within: float | None = None) -> Iterator[Connection]:
+        """The connection in a transaction. `within` and errors as those of Database.connection."""
+        deadline = None if within is None else Deadline(within)
         if self._connection is None or self._connection.closed:
-            self._connection = self._database.connect()
+            self._connection = self._database.connect(within=within)
+        connection = self._connection
         try:
-            with self._connection.transaction():
-                yield self._connection
-        except AWAY as error:
-            self.close()
-            raise StoreUnavailable(reason_of(error), maybe_committed=True) from error
+            connection.begin(deadline)
+        except psycopg.Error as error:
+            raise StoreUnavailable(reason_of(error, self._database.url)) from error
+        with connection.rest_of_transaction(self._database.url):
+            yield connection
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def reason_of(error: Exception, url: str = "") -> str:
-    """The driver's text on one line, without the parts of `url` that are nobody's business."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    authority = urlsplit(url).netloc
-    credentials, _, _ = authority.rpartition("@")
-    # A password with a bare "@" or a bad escape comes back in pieces: as part of a host name, or as a token.
-    pieces = [piece for piece in re.split(r"[:@]", credentials)[1:] if piece]
-    for secret in sorted({*pieces, *map(unquote, pieces)}, key=len, reverse=True):
-        reason = reason.replace(secret, "…")
-    return reason

@@ -34,6 +34,7 @@ def create_app(application: Application) -> flask.Flask:
     app.register_blueprint(
         mcp_blueprint(
             application.accept,
+            application.ask,
             path=settings.mcp_path,
             api_key=settings.api_key.get_secret_value() if settings.api_key else None,
             after_ack=application.run_inline if settings.inline else None,

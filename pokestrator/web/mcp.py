@@ -38,9 +38,10 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from pokestrator import __version__
+from pokestrator.addresses import is_loopback
 from pokestrator.errors import InvalidTask, TryAgainLater
-from pokestrator.jobs import Acknowledgement, NewJob
-from pokestrator.settings import is_loopback
+from pokestrator.intake import Question
+from pokestrator.jobs import Acknowledgement, JobStatus, NewJob
 from pokestrator.telemetry import get_logger, one_line
 from pokestrator.web import tool
 from pokestrator.web.strict_json import parse_json
@@ -59,23 +60,25 @@ CAPABILITIES = types.ServerCapabilities(tools=types.ToolsCapability(list_changed
 _SERVER_INFO_WIRE = SERVER_INFO.model_dump(by_alias=True, mode="json", exclude_none=True)
 
 Accept = Callable[[NewJob], Acknowledgement]
+Ask = Callable[[Question], JobStatus]
 AfterAck = Callable[[uuid.UUID], None]
 Params = Mapping[str, Any]
 
 
 def mcp_blueprint(
-    accept: Accept, *, path: str, api_key: str | None, after_ack: AfterAck | None = None
+    accept: Accept, ask: Ask, *, path: str, api_key: str | None, after_ack: AfterAck | None = None
 ) -> flask.Blueprint:
     """The MCP endpoint at `path`.
 
     `accept` stores a checked job and answers with its acknowledgement, or raises InvalidTask or TryAgainLater.
+    `ask` answers a question about an earlier job (or does what it asks) with how that job stands, or raises the same.
     `after_ack` is called with the request_id of each durable job once the acknowledgement has been sent.
     Without `api_key` the endpoint is open, but only to callers that address this machine by a loopback name.
     Raises ValueError when `api_key` is blank.
     """
     if api_key is not None and not api_key.strip():
         raise ValueError("api_key is blank; give a key, or None for an open endpoint")
-    endpoint = _Endpoint(accept, api_key, after_ack)
+    endpoint = _Endpoint(accept, ask, api_key, after_ack)
     blueprint = flask.Blueprint("mcp", __name__)
     blueprint.before_request(endpoint.guard)
     blueprint.register_error_handler(HTTPException, _http_error)
@@ -86,8 +89,9 @@ def mcp_blueprint(
 
 
 class _Endpoint:
-    def __init__(self, accept: Accept, api_key: str | None, after_ack: AfterAck | None) -> None:
+    def __init__(self, accept: Accept, ask: Ask, api_key: str | None, after_ack: AfterAck | None) -> None:
         self._accept = accept
+        self._ask = ask
         # surrogateescape: the environment may hold bytes that are not UTF-8, and a key is bytes.
         self._api_key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
         self._after_ack = after_ack
@@ -181,13 +185,26 @@ class _Endpoint:
         if params["name"] != tool.TOOL.name:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {tool.quoted(params['name'])}")
         try:
-            ack = self._accept(tool.job_from_call(params.get("arguments") or {}, request.headers))
+            called = tool.read_call(params.get("arguments") or {}, request.headers)
+            if isinstance(called, Question):
+                return self._answer(called)
+            ack = self._accept(called)
         except (InvalidTask, TryAgainLater) as error:
             log.info("task_refused", reason=one_line(str(error)))
             return tool.refused(str(error))
         if ack.durable and self._after_ack is not None:
             _when_sent(partial(self._after_ack, ack.request_id))
         return tool.accepted(ack)
+
+    def _answer(self, question: Question) -> types.CallToolResult:
+        request_id = str(question.request_id or "latest")
+        try:
+            status = self._ask(question)
+        except (InvalidTask, TryAgainLater) as error:
+            log.info("question", action=question.action, request_id=request_id, outcome=one_line(str(error)))
+            return tool.refused(str(error))
+        log.info("question", action=question.action, request_id=str(status.request_id), outcome=status.state)
+        return tool.answered(question.action, status)
 
 
 def _message(body: object) -> JSONRPCMessage | None:

@@ -17,8 +17,18 @@ def application_of(worker: Any) -> Application | None:
     return app.extensions[EXTENSION] if app is not None else None
 
 
+# Of gunicorn's graceful_timeout, at whose end the master kills the worker, this much is kept for closing the
+# application: a client that never ends its request must not use all of it up.
+CLOSE_SECONDS = 7
+
+
 class Worker(ThreadWorker):
     """gthread, told apart by when it stops claiming jobs: at the signal, not after its HTTP connections have ended."""
+
+    def init_process(self) -> None:
+        # This process's own copy: how long run() waits for open requests after SIGTERM.
+        self.cfg.set("graceful_timeout", max(1, self.cfg.graceful_timeout - CLOSE_SECONDS))
+        super().init_process()  # type: ignore[no-untyped-call]
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if application := application_of(self):

@@ -1,4 +1,4 @@
-"""The one MCP tool: what its callers read about it, how a call becomes a job, what the call answers.
+"""The one MCP tool: what its callers read about it, how a call becomes a job or a question, what the call answers.
 
 Clients cache the schemas for as long as they are connected, so these are frozen: a later version may add optional
 fields to them, and nothing else.
@@ -13,12 +13,30 @@ from typing import Any
 import mcp_types as types
 from werkzeug.datastructures import Headers
 
+from pokestrator.addresses import is_safe_url
 from pokestrator.errors import InvalidTask
-from pokestrator.jobs import MAX_METADATA_BYTES, MAX_TASK_CHARACTERS, Acknowledgement, CallbackTarget, NewJob, new_job
-from pokestrator.settings import is_safe_url
+from pokestrator.intake import (
+    MAX_KEY_CHARACTERS,
+    MAX_METADATA_BYTES,
+    MAX_TASK_CHARACTERS,
+    Action,
+    Question,
+    new_job,
+    question,
+)
+from pokestrator.jobs import (
+    Acknowledgement,
+    CallbackState,
+    CallbackTarget,
+    JobState,
+    JobStatus,
+    NewJob,
+    callback_content,
+)
 from pokestrator.telemetry import one_line
 
 MAX_CALLER_CHARACTERS = 200
+MAX_STEP_CHARACTERS = 80
 
 CALLER_HEADER = "X-Poke-User-Id"
 CALLBACK_URL_HEADER = "X-Poke-Callback-Url"
@@ -32,8 +50,12 @@ Call `orchestrate` once for each such task. Pass on the person's whole request i
 from the conversation to understand it: names, dates, places, links.
 
 The call answers at once, and only that the task was accepted: tell the person that it is under way. The result comes \
-later as a message of its own. Do not wait for it, do not ask for it, and do not call again for the same task, unless \
+later as a message of its own. Do not wait for it, do not poll for it, and do not call again for the same task, unless \
 such a message asks for the task to be sent again.
+
+Only when the person asks how a task is going, or wants it stopped, call `orchestrate` with metadata \
+{"action": "status"} or {"action": "cancel"}, with the task's "request_id" in it where you have it; without, their \
+latest task is meant. Such a call starts nothing: its answer says how the task stands.
 
 Never put passwords, keys or other secrets into a call."""
 
@@ -45,13 +67,17 @@ _INPUT_SCHEMA: dict[str, Any] = {
             "minLength": 1,
             "maxLength": MAX_TASK_CHARACTERS,
             "description": "The person's whole request in their own words, with what is needed from the conversation "
-            "to understand it. No passwords, keys or other secrets.",
+            "to understand it. No passwords, keys or other secrets. Ignored, whatever it says, where metadata has an "
+            "action.",
         },
         "metadata": {
             "anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": True}],
             "default": "",
             "description": "Optional: more about the task, such as the person's time zone or language, as text or as "
-            f"an object; at most {MAX_METADATA_BYTES // 1024} KB. No secrets.",
+            f"an object; at most {MAX_METADATA_BYTES // 1024} KB. No secrets. In an object, `idempotency_key` (text of "
+            f"your own, at most {MAX_KEY_CHARACTERS} characters) makes a repeated call safe: for a day, the same key "
+            'stands for the same task. {"action": "status"} asks how an earlier task is going and {"action": "cancel"} '
+            'stops it: name it by its "request_id", or leave that out for the person\'s latest task.',
         },
     },
     "required": ["task_description"],
@@ -63,12 +89,26 @@ _INPUT_SCHEMA: dict[str, Any] = {
 _OUTPUT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "status": {"type": "string", "description": "`accepted`: the task is under way. Other values may be added."},
+        "status": {
+            "type": "string",
+            "description": "`accepted`: the task is under way. To a question about an earlier task: `queued`, "
+            "`running`, `cancelling`, `succeeded`, `failed` or `cancelled`. Other values may be added.",
+        },
         "request_id": {"type": "string", "description": "Names the task in our records."},
         "message": {"type": "string", "description": "What to tell the person now."},
         "durable": {
             "type": "boolean",
             "description": "false: the task runs, but a restart of the service would lose it. Absent: it is stored.",
+        },
+        "duplicate": {
+            "type": "boolean",
+            "description": "true: this call repeated an earlier one, and request_id names that one's task.",
+        },
+        "result": {"type": "string", "description": "Of a task that has ended: what the person is told about it."},
+        "delivery": {
+            "type": "string",
+            "description": "Of the message with the result: `pending`, `delivered`, or `dead` (it could not be "
+            "delivered). Absent: there is none.",
         },
     },
     "required": ["status"],
@@ -79,7 +119,9 @@ TOOL = types.Tool(
     name="orchestrate",
     title="Hand over a task",
     description="Hand over a task that you cannot do yourself. Answers at once that the task was accepted; the result "
-    "comes later as a message of its own. Call once for each task, and do not poll.",
+    "comes later as a message of its own. Call once for each task, and do not poll. With metadata "
+    '{"action": "status"} or {"action": "cancel"} it tells how an earlier task is going, or stops it: only when the '
+    "person asks.",
     input_schema=_INPUT_SCHEMA,
     output_schema=_OUTPUT_SCHEMA,
     annotations=types.ToolAnnotations(
@@ -88,28 +130,111 @@ TOOL = types.Tool(
 )
 
 
-def job_from_call(arguments: Mapping[str, Any], headers: Headers) -> NewJob:
-    """The checked job of one call. Raises InvalidTask naming the argument or the header, and what is wrong with it."""
+_ENDINGS = {
+    JobState.SUCCEEDED: ("It is done", "the message with the result"),
+    JobState.FAILED: ("It failed", "the message that says why"),
+    JobState.CANCELLED: ("It was cancelled", "the message that says so"),
+}
+
+_DELIVERIES = {
+    CallbackState.PENDING: "waits to be delivered",
+    CallbackState.DELIVERED: "was delivered",
+    CallbackState.DEAD: "could not be delivered",
+}
+
+_UNITS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
+_MOST = {"second": 60, "minute": 60, "hour": 48}  # from here on the next unit is easier to read
+
+
+def read_call(arguments: Mapping[str, Any], headers: Headers) -> NewJob | Question:
+    """What one call asks for, checked: a new job, or a question about an earlier one, to which neither the task nor the
+    callback's headers matter. Raises InvalidTask naming the argument or the header, and what is wrong with it."""
     known = _INPUT_SCHEMA["properties"]
     for name in arguments:
         if name not in known:
             raise InvalidTask(quoted(name), f"is not an argument of {TOOL.name}; its arguments are {', '.join(known)}")
+    metadata = arguments.get("metadata")
+    caller = _caller(headers)
+    asked = question(metadata, caller=caller)
+    if asked is not None:
+        return asked
     if "task_description" not in arguments:
         raise InvalidTask("task_description", "is missing; say in it what the person wants done")
-    metadata = arguments.get("metadata")
     return new_job(
         arguments["task_description"],
         "" if metadata is None else metadata,
-        caller=_caller(headers),
+        caller=caller,
         callback=_callback(headers),
     )
 
 
 def accepted(ack: Acknowledgement) -> types.CallToolResult:
-    """The acknowledgement as data, and the same as JSON text for clients that read only text."""
+    """The answer to a task."""
     answer: dict[str, Any] = {"status": "accepted", "request_id": str(ack.request_id), "message": ack.message}
     if not ack.durable:
         answer["durable"] = False
+    if ack.duplicate:
+        answer["duplicate"] = True
+    return _result(answer)
+
+
+def answered(action: Action, status: JobStatus) -> types.CallToolResult:
+    """The answer to a question: how the job stands after `action`."""
+    answer = {
+        "status": "cancelling" if _is_being_cancelled(status) else status.state.value,
+        "request_id": str(status.request_id),
+        "message": describe(action, status),
+    }
+    if status.state in _ENDINGS and status.result is not None:
+        answer["result"] = callback_content(status.result)
+    if status.delivery is not None:
+        answer["delivery"] = status.delivery.value
+    return _result(answer)
+
+
+def describe(action: Action, status: JobStatus) -> str:
+    """How a job stands after `action`, in one sentence for the person."""
+    if status.state in _ENDINGS:
+        return _ending(action, status)
+    if _is_being_cancelled(status):
+        return "It is being cancelled; a message will say so when it has stopped."
+    if status.waits_seconds > 0:
+        return f"Claude was busy; it is tried again in {in_words(status.waits_seconds)}."
+    sent = f"It was sent {in_words(status.age_seconds)} ago"
+    if status.state is JobState.QUEUED:
+        return f"{sent} and waits for its turn."
+    step = _last_step(status)
+    return f"{sent} and is running; last step: {step}" if step else f"{sent} and is running."
+
+
+def in_words(seconds: float) -> str:
+    """A length of time, rounded for people: "40 seconds", "3 minutes"; never less than a second."""
+    counts = {unit: max(1, round(seconds / length)) for unit, length in _UNITS.items()}
+    unit = next((unit for unit, most in _MOST.items() if counts[unit] < most), "day")
+    return f"{counts[unit]} {unit}" if counts[unit] == 1 else f"{counts[unit]} {unit}s"
+
+
+def _ending(action: Action, status: JobStatus) -> str:
+    what, message = _ENDINGS[status.state]
+    if action is Action.CANCEL and status.state is not JobState.CANCELLED:
+        what = f"It had already ended: {what[0].lower()}{what[1:]}"
+    return f"{what}; {message} {_DELIVERIES[status.delivery]}." if status.delivery else f"{what}."
+
+
+def _is_being_cancelled(status: JobStatus) -> bool:
+    return status.cancel_requested and status.state not in _ENDINGS
+
+
+def _last_step(status: JobStatus) -> str | None:
+    """The last line of the timeline, cut short; None where it says only which machine has the job."""
+    if status.latest is None or status.latest.kind == "claimed":
+        return None
+    kind, text = status.latest.kind, status.latest.text
+    return one_line(text if kind == "tool" else f"{kind}: {text}", MAX_STEP_CHARACTERS)
+
+
+def _result(answer: dict[str, Any]) -> types.CallToolResult:
+    """`answer` as data, and the same as JSON text for clients that read only text."""
     return types.CallToolResult(content=[types.TextContent(text=json.dumps(answer))], structured_content=answer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,11 +25,12 @@ def messages_api() -> Iterator[MessagesApi]:
 
 
 @pytest.fixture
-def service_environment(database_url: str, inbox: Inbox, messages_api: MessagesApi) -> dict[str, str]:
+def service_environment(database_url: str, inbox: Inbox, messages_api: MessagesApi, tmp_path: Path) -> dict[str, str]:
     """A working environment for LocalService on a database of its own; tests change what they are about."""
     return {
         **minimal_environment(),
         "DATABASE_URL": database_url,
+        "POKESTRATOR_DATA_DIR": str(tmp_path / "data"),
         "POKESTRATOR_API_KEY": "the-key-of-this-test",
         "ANTHROPIC_API_KEY": "sk-for-the-scripted-api",
         "ANTHROPIC_BASE_URL": messages_api.url,

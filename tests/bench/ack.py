@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
-from pokestrator.jobs import new_job
+from pokestrator.intake import new_job
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from tests.bench.stand import orchestrate, percentiles, running_service

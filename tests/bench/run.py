@@ -19,7 +19,7 @@ import claude_agent_sdk
 import requests
 
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.store.jobs import Jobs
+from pokestrator.store.history import History
 from pokestrator.store.pool import Database
 from tests.bench.stand import Stand, orchestrate, pause, running_service
 
@@ -63,14 +63,14 @@ def bare_query(api: MessagesApi) -> float:
     return 1000 * (api.requests[before].at - started)
 
 
-def through_service(stand: Stand, session: requests.Session, jobs: Jobs) -> tuple[float, float, float]:
+def through_service(stand: Stand, session: requests.Session, history: History) -> tuple[float, float, float]:
     """Milliseconds: ack to first API request, API request to callback, the job's stored end to callback."""
     asked, received = len(stand.messages_api.requests), len(stand.inbox.received)
     request_id = orchestrate(session, stand.service.url, TASK)
     acknowledged = time.time()
     callback = stand.inbox.wait_for(received + 1, 60)[received]
     first_request = stand.messages_api.requests[asked].at
-    ended = next(e.at for e in jobs.timeline(uuid.UUID(request_id)) if e.kind == "finished").timestamp()
+    ended = next(e.at for e in history.timeline(uuid.UUID(request_id)) if e.kind == "finished").timestamp()
     return 1000 * (first_request - acknowledged), 1000 * (callback.at - first_request), 1000 * (callback.at - ended)
 
 
@@ -78,14 +78,14 @@ def main() -> None:
     with running_service(POKESTRATOR_CONCURRENCY="1", LOG_LEVEL="WARNING") as stand, requests.Session() as session:
         database = Database(stand.database_url)
         database.open()
-        jobs = Jobs(database)
-        through_service(stand, session, jobs)
+        history = History(database)
+        through_service(stand, session, history)
         bare_query(stand.messages_api)
         bare, ours = [], []
         for _ in range(ROUNDS):
             bare.append(bare_query(stand.messages_api))
             pause(0.2)
-            ours.append(through_service(stand, session, jobs))
+            ours.append(through_service(stand, session, history))
             pause(0.2)
         database.close()
     floor = statistics.median(bare)

@@ -42,6 +42,7 @@ def running_service(**settings: str) -> Iterator[Stand]:
         environment = {
             **minimal_environment(),
             "DATABASE_URL": postgres.url,
+            "POKESTRATOR_DATA_DIR": folder,
             "POKESTRATOR_API_KEY": KEY,
             "ANTHROPIC_API_KEY": "sk-for-the-scripted-api",
             "ANTHROPIC_BASE_URL": api.url,

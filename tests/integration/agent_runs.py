@@ -7,11 +7,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pokestrator.claude import processes
-from pokestrator.runs import RunEvent, RunRequest
+from pokestrator.claude.pool import Claude
+from pokestrator.runs import RunEvent, RunRequest, RunResult
 
 KEY = "sk-ant-scripted-0123456789"
 
@@ -74,3 +76,21 @@ def slot_of(agent: int) -> int:
 
 def unique_sleep() -> str:
     return f"sleep {900_000_000 + uuid.uuid4().int % 99_000_000}"
+
+
+def escaping(sleep: str, gate: Path | None = None) -> dict[str, Any]:
+    """A command that leaves its session, its environment and its parent behind; ends once `gate` exists."""
+    hold = f"until [ -e {gate} ]; do command sleep 0.05; done; " if gate else ""
+    return bash(f"env -i setsid nohup {sleep} >/dev/null 2>&1 & {hold}echo gone")
+
+
+def start(
+    threads: ThreadPoolExecutor, claude: Claude, request: RunRequest, sleep: str
+) -> tuple[Future[RunResult], int]:
+    """Begin a run whose agent starts `sleep`; its future, and its CLI, once the sleep is there."""
+    before = set(agents())
+    future = threads.submit(claude.run, request, ignore)
+    assert wait_until(lambda: future.done() or running(sleep), 20), f"the agent has not started {sleep}"
+    assert not future.done(), future.result()
+    (agent,) = set(agents()) - before
+    return future, agent

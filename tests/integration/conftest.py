@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pokestrator import service
 from pokestrator.claude.pool import Slots
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
@@ -33,3 +34,9 @@ def slots(api: MessagesApi) -> Iterator[Slots]:
 def inbox() -> Iterator[Inbox]:
     with Inbox() as inbox:
         yield inbox
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the API's trouble has stopped is tried again at once."""
+    monkeypatch.setattr(service, "API_WAITS", (0.0, 0.0))

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -26,11 +27,13 @@ from pokestrator import bootstrap
 from pokestrator.bootstrap import Application
 from pokestrator.demo.inbox import Inbox, Received
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.jobs import CallbackTarget, Channel, NewJob, Outcome, new_job
+from pokestrator.intake import new_job
+from pokestrator.jobs import CallbackTarget, Channel, NewJob, Outcome
 from pokestrator.runs import RunRequest, RunResult
 from pokestrator.settings import Settings
 from pokestrator.subagents import Draft, Template
 
+DATA = tempfile.TemporaryDirectory(prefix="pokestrator-tests-data-")  # removed when the interpreter ends
 KEY = "sk-ant-scripted-0123456789"
 POKE_KEY = "poke-scripted-0123456789"
 TOKEN = "callback-token-1"
@@ -54,6 +57,7 @@ def settings_for(api: MessagesApi, inbox: Inbox, **more: str) -> Settings:
     """The settings of an instance whose Claude and whose Poke are ours."""
     values = {
         "PATH": os.environ["PATH"],
+        "POKESTRATOR_DATA_DIR": DATA.name,
         "ANTHROPIC_API_KEY": KEY,
         "ANTHROPIC_BASE_URL": api.url,
         "POKE_API_KEY": POKE_KEY,
@@ -86,6 +90,9 @@ class Borrowed:
     def run(self, request: RunRequest, on_event: Callable[[Any], None]) -> RunResult:
         result: RunResult = self._owner.run(request, on_event)
         return result
+
+    def cancel(self, run_id: str) -> None:
+        self._owner.cancel(run_id)
 
     def close(self) -> None:
         """Stays open for the next application."""
@@ -137,8 +144,8 @@ def bash(command: str) -> dict[str, Any]:
 
 def outcome_of(application: Application, job: NewJob, timeout: float = 20) -> Outcome:
     """How a job ended, once it has."""
-    outcome = eventually(lambda: application.jobs.outcome(job.id), timeout)
-    assert isinstance(outcome, Outcome), application.jobs.timeline(job.id)
+    outcome = eventually(lambda: application.history.outcome(job.id), timeout)
+    assert isinstance(outcome, Outcome), application.history.timeline(job.id)
     return outcome
 
 

@@ -23,7 +23,8 @@ from werkzeug.serving import make_server
 
 from pokestrator import __version__
 from pokestrator.errors import InvalidTask, TryAgainLater
-from pokestrator.jobs import Acknowledgement, NewJob
+from pokestrator.intake import Question
+from pokestrator.jobs import Acknowledgement, JobState, JobStatus, NewJob
 from pokestrator.web import tool
 from pokestrator.web.mcp import mcp_blueprint
 
@@ -38,14 +39,33 @@ JSON_HEADERS: HeaderList = (
 )
 
 
+def job_status(state: JobState = JobState.QUEUED, **fields: Any) -> JobStatus:
+    """A job as its caller may know it: sent 12 seconds ago, and nothing has happened to it but what `fields` say."""
+    quiet: dict[str, Any] = {
+        "request_id": REQUEST_ID,
+        "task": "Write a limerick about zebra stripes",
+        "age_seconds": 12.0,
+        "cancel_requested": False,
+        "waits_seconds": 0.0,
+        "latest": None,
+        "result": None,
+        "delivery": None,
+    }
+    return JobStatus(state=state, **{**quiet, **fields})
+
+
 @dataclass
 class FakeService:
-    """Stands where `service.accept` stands: keeps the jobs, answers as told, remembers what came after the ack."""
+    """Stands where the application stands: keeps jobs and questions, answers as told, remembers what came after
+    the ack."""
 
     jobs: list[NewJob] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     durable: bool = True
+    duplicate: bool = False
     error: Exception | None = None
     request_id: uuid.UUID | None = None  # None: each job's own
+    status: JobStatus = field(default_factory=job_status)
     after_ack_ids: list[uuid.UUID] = field(default_factory=list)
     after_ack_may_run: threading.Event = field(default_factory=threading.Event)
     after_ack_ran: threading.Event = field(default_factory=threading.Event)
@@ -57,7 +77,14 @@ class FakeService:
         if self.error is not None:
             raise self.error
         self.jobs.append(job)
-        return Acknowledgement(self.request_id or job.id, self.durable, "On it. The answer comes as a message.")
+        request_id = self.request_id or job.id
+        return Acknowledgement(request_id, self.durable, "On it. The answer comes as a message.", self.duplicate)
+
+    def ask(self, question: Question) -> JobStatus:
+        self.questions.append(question)
+        if self.error is not None:
+            raise self.error
+        return self.status
 
     def after_ack(self, request_id: uuid.UUID) -> None:
         self.after_ack_may_run.wait(10)
@@ -80,7 +107,9 @@ class Answer:
 def our_server(service: FakeService, api_key: str | None = None) -> Iterator[str]:
     """Our blueprint in a Flask application behind a threaded HTTP server; gives the endpoint's URL."""
     app = flask.Flask(__name__)
-    app.register_blueprint(mcp_blueprint(service.accept, path="/mcp", api_key=api_key, after_ack=service.after_ack))
+    app.register_blueprint(
+        mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=api_key, after_ack=service.after_ack)
+    )
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -118,7 +147,10 @@ def _sdk_tool_server(service: FakeService) -> Server[Any]:
         if params.name != tool.TOOL.name:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {params.name!r}")
         try:
-            return tool.accepted(service.accept(tool.job_from_call(params.arguments or {}, Headers())))
+            called = tool.read_call(params.arguments or {}, Headers())
+            if isinstance(called, Question):
+                return tool.answered(called.action, service.ask(called))
+            return tool.accepted(service.accept(called))
         except (InvalidTask, TryAgainLater) as error:
             return tool.refused(str(error))
 

@@ -130,24 +130,26 @@ def test_a_secret_that_an_agent_prints_is_taken_out(slots: Slots) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "error", "said"),
+    ("step", "error", "said", "is_transient"),
     [
-        ({"status": 401, "type": "authentication_error"}, ErrorKind.UNAUTHORIZED, "401"),
-        ({"status": 403, "type": "permission_error"}, ErrorKind.UNAUTHORIZED, "403"),
-        ({"status": 429, "type": "rate_limit_error"}, ErrorKind.RATE_LIMITED, "429"),
-        ({"status": 529, "type": "overloaded_error"}, ErrorKind.OVERLOADED, "529"),
-        ({"status": 400, "type": "invalid_request_error"}, ErrorKind.API_ERROR, "400"),
-        ({"status": 500, "type": "api_error"}, ErrorKind.API_ERROR, "500"),
-        ({"cut": True}, ErrorKind.STREAM_CUT, "ECONNRESET"),
-        ({"malformed": True}, ErrorKind.STREAM_CUT, "JSON"),
-        ({"refusal": True}, ErrorKind.REFUSAL, "can't help"),
-        ({"empty": True}, ErrorKind.NO_OUTPUT, "empty"),
+        ({"status": 401, "type": "authentication_error"}, ErrorKind.UNAUTHORIZED, "401", False),
+        ({"status": 403, "type": "permission_error"}, ErrorKind.UNAUTHORIZED, "403", False),
+        ({"status": 429, "type": "rate_limit_error"}, ErrorKind.RATE_LIMITED, "429", True),
+        ({"status": 529, "type": "overloaded_error"}, ErrorKind.OVERLOADED, "529", True),
+        ({"status": 400, "type": "invalid_request_error"}, ErrorKind.API_ERROR, "400", False),
+        ({"status": 500, "type": "api_error"}, ErrorKind.API_ERROR, "500", True),
+        ({"cut": True}, ErrorKind.STREAM_CUT, "ECONNRESET", True),
+        ({"malformed": True}, ErrorKind.STREAM_CUT, "JSON", True),
+        ({"refusal": True}, ErrorKind.REFUSAL, "can't help", False),
+        ({"empty": True}, ErrorKind.NO_OUTPUT, "empty", False),
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else None,
 )
-def test_a_failed_run_says_why(slots: Slots, step: dict[str, Any], error: ErrorKind, said: str) -> None:
+def test_a_failed_run_says_why_and_whether_it_may_be_over_in_a_moment(
+    slots: Slots, step: dict[str, Any], error: ErrorKind, said: str, is_transient: bool
+) -> None:
     result = slots.run(scripted(step), ignore)
-    assert result.error == error, result
+    assert (result.error, result.is_transient) == (error, is_transient), result
     assert said in result.detail
     assert len(result.detail) <= 500
     assert result.text == ""
@@ -163,6 +165,7 @@ def test_text_where_structured_output_was_asked_for_is_no_output(slots: Slots) -
 def test_the_turn_limit_is_reported(slots: Slots) -> None:
     result = slots.run(scripted(bash("true"), max_turns=2), ignore)
     assert (result.error, result.usage.output_tokens) == (ErrorKind.TURN_LIMIT, 10)
+    assert not result.is_transient
 
 
 def test_the_budget_limit_is_reported(slots: Slots) -> None:
@@ -194,13 +197,13 @@ def test_an_api_that_hangs_is_a_timeout_in_time(slots: Slots, after_start: bool)
 def test_a_timeout_tells_the_last_retry(slots: Slots) -> None:
     steps = ({"status": 429, "type": "rate_limit_error", "times": 1}, {"hang": 60})
     result = slots.run(scripted(*steps, timeout_seconds=3), ignore)
-    assert result.error == ErrorKind.TIMEOUT
+    assert (result.error, result.is_transient) == (ErrorKind.TIMEOUT, False)
     assert "429 (rate_limit)" in result.detail
 
 
 def test_a_killed_cli_is_a_crashed_agent(slots: Slots) -> None:
     result = slots.run(scripted(bash("kill -9 $PPID; sleep 5"), {"text": "Done."}), ignore)
-    assert result.error == ErrorKind.AGENT_CRASHED
+    assert (result.error, result.is_transient) == (ErrorKind.AGENT_CRASHED, False)
     assert "-9" in result.detail
 
 
@@ -242,7 +245,7 @@ def test_inline_an_api_that_cannot_be_reached_is_unreachable() -> None:
         unused.bind(("127.0.0.1", 0))
         claude = Inline(agent_environment(f"http://127.0.0.1:{unused.getsockname()[1]}"))
         result = claude.run(scripted({"text": "Done."}), ignore)
-    assert result.error == ErrorKind.UNREACHABLE
+    assert (result.error, result.is_transient) == (ErrorKind.UNREACHABLE, True)
     assert "ECONNREFUSED" in result.detail
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,16 +18,18 @@ import pytest
 from pokestrator.claude import processes
 from pokestrator.claude.pool import Slots
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.runs import ErrorKind, RunRequest, RunResult
+from pokestrator.runs import ErrorKind
 from tests.integration.agent_runs import (
     agent_environment,
     agents,
     bash,
     command_line,
+    escaping,
     ignore,
     running,
     scripted,
     slot_of,
+    start,
     unique_sleep,
     wait_until,
 )
@@ -39,22 +41,6 @@ SLEEP = shutil.which("sleep") or "/bin/sleep"
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as threads:
         yield threads
-
-
-def escaping(sleep: str, gate: Path | None = None) -> dict[str, object]:
-    """A command that leaves its session, its environment and its parent behind; ends once `gate` exists."""
-    hold = f"until [ -e {gate} ]; do command sleep 0.05; done; " if gate else ""
-    return bash(f"env -i setsid nohup {sleep} >/dev/null 2>&1 & {hold}echo gone")
-
-
-def start(threads: ThreadPoolExecutor, slots: Slots, request: RunRequest, sleep: str) -> tuple[Future[RunResult], int]:
-    """Begin a run whose agent starts `sleep`; its future, and its CLI, once the sleep is there."""
-    before = set(agents())
-    future = threads.submit(slots.run, request, ignore)
-    assert wait_until(lambda: future.done() or running(sleep), 20), f"the agent has not started {sleep}"
-    assert not future.done(), future.result()
-    (agent,) = set(agents()) - before
-    return future, agent
 
 
 def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots) -> None:

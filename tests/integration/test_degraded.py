@@ -241,12 +241,12 @@ def test_a_commit_whose_answer_was_lost_is_stored_once_and_never_run_from_memory
     insert = application.jobs.insert
     tries = []
 
-    def lost_once(job: Any) -> None:
+    def lost_once(job: Any, within: float) -> Any:
         tries.append(job.id)
-        if committed or len(tries) > 1:
-            insert(job)
+        stored = insert(job, within) if committed or len(tries) > 1 else None
         if len(tries) == 1:
             raise StoreUnavailable("the connection was lost", maybe_committed=True)
+        return stored
 
     monkeypatch.setattr(application.jobs, "insert", lost_once)
     job = task(POET_TASK, {"text": "Once."})
@@ -261,7 +261,7 @@ def test_a_commit_that_cannot_be_settled_is_refused(
     come_up(application, network)
     seen = len(api.requests)
 
-    def lost(_: Any) -> None:
+    def lost(*_: Any) -> None:
         raise StoreUnavailable("the connection was lost", maybe_committed=True)
 
     monkeypatch.setattr(application.jobs, "insert", lost)

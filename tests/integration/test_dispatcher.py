@@ -8,22 +8,32 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pokestrator import dispatcher as dispatcher_module
-from pokestrator.dispatcher import Dispatcher
+from pokestrator import sweeping as sweeping_module
+from pokestrator.dispatcher import Dispatcher, owner_name
 from pokestrator.errors import LeaseLost, StoreUnavailable
-from pokestrator.jobs import Job, JobState, Outcome, new_job
-from pokestrator.store.jobs import WAKE_CHANNEL, Jobs
+from pokestrator.intake import new_job
+from pokestrator.jobs import Job, JobState, Outcome
+from pokestrator.liveness import Liveness
+from pokestrator.store.history import History
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
+from pokestrator.store.recovery import Recovery
+from pokestrator.store.rows import WAKE_CHANNEL
+from pokestrator.sweeping import Sweeper
 from tests.integration.flow import eventually, job_row, rows
 
 FAR = 1_000.0  # seconds: what polls this seldom acts only when it is woken
 DONE = Outcome(JobState.SUCCEEDED, "Done.")
 
-Run = Callable[[Job], None]
+NOWHERE = Liveness(Path("/nowhere/owners"))  # no owner is known by its lock
+
+Run = Callable[[Job], object]
 
 
 class Listening:
@@ -48,7 +58,14 @@ def deaf(stop: threading.Event) -> Iterator[str]:
 @contextmanager
 def dispatching(database: Database, run: Run, **changes: Any) -> Iterator[Dispatcher]:
     claims, heartbeats = database.line(), database.line()
+    recovery, owner = Recovery(claims), owner_name()
+    lease = dispatcher_module.LEASE_SECONDS
     parts: dict[str, Any] = {
+        "owner": owner,
+        "cancellations": recovery,
+        "sweeper": Sweeper(recovery, NOWHERE, owner=owner, lease_seconds=lease, retention_days=30),
+        "revive": lambda: None,
+        "cancel_run": lambda run_id: None,
         "claims": Jobs(claims),
         "heartbeats": Jobs(heartbeats),
         "notifications": deaf,
@@ -79,6 +96,7 @@ class Runs:
         self.started: list[uuid.UUID] = []
         self.lost: list[uuid.UUID] = []
         self.most_at_once = 0
+        self._aborted = False
         self._now = 0
         self._jobs = jobs
         self._changed = threading.Condition()
@@ -91,6 +109,8 @@ class Runs:
             self._changed.notify_all()
         try:
             assert self.gate.wait(30)
+            if self._aborted:
+                raise LeaseLost("ended because the instance is leaving")
             self._jobs.finish(job, DONE)
         except LeaseLost:
             self.lost.append(job.id)
@@ -98,6 +118,11 @@ class Runs:
         finally:
             with self._changed:
                 self._now -= 1
+
+    def abort(self) -> None:
+        """End what runs without a result."""
+        self._aborted = True
+        self.gate.set()
 
     def wait_for(self, count: int, timeout: float = 10) -> bool:
         """Whether `count` runs have started within `timeout` seconds."""
@@ -113,8 +138,10 @@ def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases of two seconds, and everything else in proportion."""
-    for name, seconds in {"LEASE": 2.0, "HEARTBEAT": 0.3, "SWEEP": 0.1, "POLL": 0.05}.items():
+    for name, seconds in {"LEASE": 2.0, "HEARTBEAT": 0.3, "POLL": 0.05}.items():
         monkeypatch.setattr(dispatcher_module, f"{name}_SECONDS", seconds)
+    for name, seconds in {"SWEEP": 0.1, "LOOK": 0.1}.items():
+        monkeypatch.setattr(sweeping_module, f"{name}_SECONDS", seconds)
 
 
 def insert(jobs: Jobs, count: int = 1) -> list[uuid.UUID]:
@@ -254,7 +281,9 @@ def test_the_lease_of_a_long_run_is_renewed_and_nobody_takes_its_job(
 
 
 @pytest.mark.usefixtures("fast")
-def test_the_job_of_a_dead_owner_runs_again(jobs: Jobs, database: Database, database_url: str) -> None:
+def test_the_job_of_a_dead_owner_runs_again(
+    jobs: Jobs, database: Database, database_url: str, history: History
+) -> None:
     orphan = jobs.insert_claimed(new_job("An orphan"), "an owner that is gone", 0.1)
     runs = Runs(jobs, gate_open=True)
     with dispatching(database, runs):
@@ -262,7 +291,7 @@ def test_the_job_of_a_dead_owner_runs_again(jobs: Jobs, database: Database, data
         assert eventually(lambda: ended(database_url) == 1)
     row = job_row(database_url, orphan.id)
     assert (row["interruptions"], row["claim_seq"]) == (1, 2)
-    assert [event.kind for event in jobs.timeline(orphan.id)] == [
+    assert [event.kind for event in history.timeline(orphan.id)] == [
         "accepted",
         "claimed",
         "interrupted",
@@ -341,7 +370,7 @@ def test_a_database_that_is_not_ready_is_tried_again(jobs: Jobs, database: Datab
     insert(jobs)
     with dispatching(database, runs, prepare=prepare) as dispatcher:
         assert runs.wait_for(1)
-        assert dispatcher.database_error is None
+        assert eventually(lambda: dispatcher.database_error is None)
     assert len(tries) == 4
 
 
@@ -378,11 +407,11 @@ def test_a_drain_lets_runs_end_that_end_in_time(jobs: Jobs, database: Database, 
 
 @pytest.mark.usefixtures("fast")
 def test_what_a_drain_leaves_is_released_and_another_instance_takes_it(
-    jobs: Jobs, database: Database, database_url: str
+    jobs: Jobs, database: Database, database_url: str, history: History
 ) -> None:
     leaving, staying = Runs(jobs), Runs(jobs, gate_open=True)
     [job_id] = insert(jobs)
-    with dispatching(database, leaving, drain_seconds=0, abort_runs=leaving.gate.set):
+    with dispatching(database, leaving, drain_seconds=0, abort_runs=leaving.abort):
         assert leaving.wait_for(1)
         with dispatching(database, staying, concurrency=1):
             assert staying.started == []
@@ -394,13 +423,13 @@ def test_what_a_drain_leaves_is_released_and_another_instance_takes_it(
     row = job_row(database_url, job_id)
     assert (row["claim_seq"], row["interruptions"]) == (2, 0)
     assert leaving.lost == [job_id]
-    assert "released" in [event.kind for event in jobs.timeline(job_id)]
+    assert "released" in [event.kind for event in history.timeline(job_id)]
 
 
 @pytest.mark.usefixtures("never_polls")
 def test_a_release_wakes_the_other_instances(jobs: Jobs, database: Database) -> None:
     leaving, staying, listening = Runs(jobs), Runs(jobs, gate_open=True), Listening(database)
-    with dispatching(database, leaving, drain_seconds=0, abort_runs=leaving.gate.set) as dispatcher:
+    with dispatching(database, leaving, drain_seconds=0, abort_runs=leaving.abort) as dispatcher:
         insert(jobs)
         dispatcher.wake()
         assert leaving.wait_for(1)
@@ -415,7 +444,7 @@ def test_a_release_wakes_the_other_instances(jobs: Jobs, database: Database) -> 
 def test_a_drain_at_once_grants_no_time(jobs: Jobs, database: Database, database_url: str) -> None:
     runs = Runs(jobs)
     [job_id] = insert(jobs)
-    with dispatching(database, runs, drain_seconds=1_000, abort_runs=runs.gate.set) as dispatcher:
+    with dispatching(database, runs, drain_seconds=1_000, abort_runs=runs.abort) as dispatcher:
         assert runs.wait_for(1)
         started = time.monotonic()
         dispatcher.request_drain(at_once=True)
@@ -435,12 +464,18 @@ def test_close_leaves_no_thread(jobs: Jobs, database: Database) -> None:
 
 def test_a_dispatcher_that_was_never_started_can_be_closed(jobs: Jobs, database: Database) -> None:
     before = set(threading.enumerate())
+    recovery = Recovery(database)
     Dispatcher(
+        owner="me",
         claims=jobs,
         heartbeats=jobs,
+        cancellations=recovery,
+        sweeper=Sweeper(recovery, NOWHERE, owner="me", lease_seconds=20, retention_days=30),
         notifications=deaf,
         prepare=lambda: None,
+        revive=lambda: None,
         run=lambda job: None,
+        cancel_run=lambda run_id: None,
         abort_runs=lambda: None,
         concurrency=1,
         drain_seconds=0,

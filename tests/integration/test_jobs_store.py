@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,10 +12,13 @@ import psycopg
 import pytest
 
 from pokestrator.errors import LeaseLost
-from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, NewJob, Outcome, Route, new_job
+from pokestrator.intake import new_job
+from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, NewJob, Outcome, Route
 from pokestrator.runs import ErrorKind, Usage, sentence
+from pokestrator.store.history import History
 from pokestrator.store.jobs import MAX_INTERRUPTIONS, Jobs
 from pokestrator.store.pool import Database
+from pokestrator.store.recovery import Recovery
 from tests.integration.flow import callback_row, job_row, poet, quiet_task, rows
 
 LEASE = 20.0
@@ -40,6 +44,12 @@ def let_lease_run_out(url: str) -> None:
     rows(url, "UPDATE jobs SET lease_until = now() - interval '1 second' WHERE state = 'running'")
 
 
+def sweep(recovery: Recovery) -> tuple[list[uuid.UUID], list[uuid.UUID]]:
+    """Take what has no lease any more: (queued again, ended)."""
+    recovered = recovery.sweep([], expired=True)
+    return list(recovered.requeued), list(recovered.ended)
+
+
 # claim -------------------------------------------------------------------------------------------------------------
 
 
@@ -50,7 +60,9 @@ def test_jobs_are_claimed_in_the_order_in_which_they_came(jobs: Jobs) -> None:
     assert jobs.claim("me", LEASE, 9) == []
 
 
-def test_a_claim_gives_the_job_as_it_was_sent_with_an_owner_a_lease_and_a_fence(jobs: Jobs, database_url: str) -> None:
+def test_a_claim_gives_the_job_as_it_was_sent_with_an_owner_a_lease_and_a_fence(
+    jobs: Jobs, database_url: str, history: History
+) -> None:
     target = CallbackTarget("https://poke.example/callback/1", "token-1")
     sent = new_job("Say „hi“ 👋", {"zone": "Europe/Berlin", "n": [1, 2.5, None]}, caller="u-1", callback=target)
     jobs.insert(sent)
@@ -61,7 +73,7 @@ def test_a_claim_gives_the_job_as_it_was_sent_with_an_owner_a_lease_and_a_fence(
     stored = job_row(database_url, job.id)
     assert stored["owner"] == "me"
     assert 19 < (stored["lease_until"] - stored["started_at"]).total_seconds() <= 20
-    assert [event.kind for event in jobs.timeline(job.id)] == ["accepted", "claimed"]
+    assert [event.kind for event in history.timeline(job.id)] == ["accepted", "claimed"]
 
 
 @pytest.mark.parametrize("seen_by_analyze", [0, 1])
@@ -161,17 +173,19 @@ def test_renew_keeps_only_what_is_still_owned(jobs: Jobs, database_url: str) -> 
     assert 50 < row[0]["left"] <= 60
 
 
-def test_finish_after_the_lease_was_lost_changes_nothing(jobs: Jobs, database_url: str) -> None:
+def test_finish_after_the_lease_was_lost_changes_nothing(
+    jobs: Jobs, database_url: str, history: History, recovery: Recovery
+) -> None:
     lost = claimed(jobs)
     let_lease_run_out(database_url)
-    jobs.requeue_expired()
+    sweep(recovery)
     owned = jobs.claim_one(lost.id, "other", LEASE)
     assert owned is not None
-    before, timeline = job_row(database_url, lost.id), jobs.timeline(lost.id)
+    before, timeline = job_row(database_url, lost.id), history.timeline(lost.id)
     with pytest.raises(LeaseLost):
         jobs.finish(lost, DONE)
     assert job_row(database_url, lost.id) == before
-    assert jobs.timeline(lost.id) == timeline
+    assert history.timeline(lost.id) == timeline
     assert rows(database_url, "SELECT id FROM callbacks") == []
     jobs.finish(owned, Outcome(JobState.SUCCEEDED, "Done by the other."))
     assert callback_row(database_url, lost.id)["content"] == "Done by the other."
@@ -185,36 +199,40 @@ def test_a_job_ends_once(jobs: Jobs, database_url: str) -> None:
     assert callback_row(database_url, job.id)["content"] == "Done."
 
 
-def test_a_route_is_not_recorded_with_an_old_fence(jobs: Jobs, database_url: str) -> None:
+def test_a_route_is_not_recorded_with_an_old_fence(jobs: Jobs, database_url: str, history: History) -> None:
     lost = claimed(jobs)
     jobs.release([lost])
     assert jobs.claim_one(lost.id, "other", LEASE) is not None
     with pytest.raises(LeaseLost):
-        jobs.record_route(lost, Route.BUILD_NEW, "nothing fits", None)
+        jobs.record_route(lost, Route.BUILD_NEW, "nothing fits")
     assert job_row(database_url, lost.id)["route"] is None
-    assert jobs.road(lost.id) == (None, None)
+    assert history.road(lost.id) == (None, None)
 
 
-def test_a_route_is_recorded_with_the_subagents_version(jobs: Jobs, database: Database) -> None:
+def test_a_route_and_the_run_of_a_subagents_version_are_recorded(
+    jobs: Jobs, database: Database, history: History
+) -> None:
     from pokestrator.store.subagents import Subagents
 
     subagent = Subagents(database).adopt(poet())
     job = claimed(jobs)
-    jobs.record_route(job, Route.TEMPLATE, "it fits", (subagent.id, subagent.version))
-    assert jobs.road(job.id) == (Route.TEMPLATE, "sea_poet")
-    assert jobs.timeline(job.id)[-1].text == "template: it fits"
+    jobs.record_route(job, Route.TEMPLATE, "it fits")
+    assert history.timeline(job.id)[-1].text == "template: it fits"
+    jobs.begin_run(job, subagent.id, subagent.version, "sea_poet version 1")
+    assert history.road(job.id) == (Route.TEMPLATE, "sea_poet")
+    assert history.timeline(job.id)[-1].text == "sea_poet version 1"
 
 
 # giving back and being interrupted ---------------------------------------------------------------------------------
 
 
-def test_a_released_job_is_queued_again_unpunished(jobs: Jobs, database_url: str) -> None:
+def test_a_released_job_is_queued_again_unpunished(jobs: Jobs, database_url: str, history: History) -> None:
     job = claimed(jobs)
     assert jobs.release([job]) == {job.id}
     row = job_row(database_url, job.id)
     assert (row["state"], row["owner"], row["lease_until"], row["interruptions"]) == ("queued", None, None, 0)
     assert jobs.release([job]) == set()
-    assert jobs.timeline(job.id)[-1].kind == "released"
+    assert history.timeline(job.id)[-1].kind == "released"
 
 
 def test_a_release_with_an_old_fence_leaves_the_new_owner_alone(jobs: Jobs, database_url: str) -> None:
@@ -225,28 +243,30 @@ def test_a_release_with_an_old_fence_leaves_the_new_owner_alone(jobs: Jobs, data
     assert job_row(database_url, lost.id)["owner"] == "other"
 
 
-def test_only_jobs_whose_lease_ran_out_are_requeued(jobs: Jobs, database_url: str) -> None:
+def test_only_jobs_whose_lease_ran_out_are_requeued(jobs: Jobs, database_url: str, recovery: Recovery) -> None:
     expired = claimed(jobs)
     let_lease_run_out(database_url)
     kept = claimed(jobs)
     [waiting] = inserted(jobs)
-    assert jobs.requeue_expired() == ([expired.id], [])
+    assert sweep(recovery) == ([expired.id], [])
     assert job_row(database_url, expired.id)["interruptions"] == 1
     assert job_row(database_url, kept.id)["state"] == "running"
     assert job_row(database_url, waiting.id)["interruptions"] == 0
 
 
-def test_the_third_interruption_fails_the_job_and_tells_the_person(jobs: Jobs, database_url: str) -> None:
+def test_the_third_interruption_fails_the_job_and_tells_the_person(
+    jobs: Jobs, database_url: str, history: History, recovery: Recovery
+) -> None:
     [job] = inserted(jobs)
     for interruption in range(1, MAX_INTERRUPTIONS):
         claimed(jobs, job)
         let_lease_run_out(database_url)
-        assert jobs.requeue_expired() == ([job.id], [])
+        assert sweep(recovery) == ([job.id], [])
         assert job_row(database_url, job.id)["interruptions"] == interruption
     claimed(jobs, job)
     let_lease_run_out(database_url)
-    assert jobs.requeue_expired() == ([], [job.id])
-    outcome = jobs.outcome(job.id)
+    assert sweep(recovery) == ([], [job.id])
+    outcome = history.outcome(job.id)
     assert outcome is not None
     assert (outcome.state, outcome.error) == (JobState.FAILED, ErrorKind.INTERRUPTED)
     callback = callback_row(database_url, job.id)
@@ -254,11 +274,11 @@ def test_the_third_interruption_fails_the_job_and_tells_the_person(jobs: Jobs, d
     assert jobs.claim("me", LEASE, 9) == []
 
 
-def test_two_sweepers_interrupt_a_job_once(jobs: Jobs, database_url: str) -> None:
+def test_two_sweepers_interrupt_a_job_once(jobs: Jobs, database_url: str, recovery: Recovery) -> None:
     made = [claimed(jobs) for _ in range(30)]
     let_lease_run_out(database_url)
     with ThreadPoolExecutor(4) as sweepers:
-        swept = [requeued for requeued, _ in sweepers.map(lambda _: jobs.requeue_expired(), range(4))]
+        swept = [requeued for requeued, _ in sweepers.map(lambda _: sweep(recovery), range(4))]
     assert Counter(job_id for part in swept for job_id in part) == Counter(job.id for job in made)
     assert rows(database_url, "SELECT DISTINCT interruptions FROM jobs") == [{"interruptions": 1}]
 
@@ -266,7 +286,7 @@ def test_two_sweepers_interrupt_a_job_once(jobs: Jobs, database_url: str) -> Non
 # the end -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_end_writes_the_result_the_usage_and_the_callback(jobs: Jobs, database_url: str) -> None:
+def test_an_end_writes_the_result_the_usage_and_the_callback(jobs: Jobs, database_url: str, history: History) -> None:
     job = claimed(jobs)
     jobs.finish(job, Outcome(JobState.SUCCEEDED, "Forty-two.", usage=Usage(0.25, 100, 20, 3)))
     row = job_row(database_url, job.id)
@@ -274,25 +294,27 @@ def test_an_end_writes_the_result_the_usage_and_the_callback(jobs: Jobs, databas
     assert (row["cost_usd"], row["input_tokens"], row["output_tokens"], row["turns"]) == (0.25, 100, 20, 3)
     callback = callback_row(database_url, job.id)
     assert (callback["content"], callback["channel"], callback["attempts"]) == ("Forty-two.", "api_message", 0)
-    assert [event.kind for event in jobs.timeline(job.id)] == ["accepted", "claimed", "finished"]
+    assert [event.kind for event in history.timeline(job.id)] == ["accepted", "claimed", "finished"]
 
 
-def test_a_failure_keeps_its_kind_and_detail(jobs: Jobs) -> None:
+def test_a_failure_keeps_its_kind_and_detail(jobs: Jobs, history: History) -> None:
     job = claimed(jobs)
     failed = Outcome(JobState.FAILED, "Out of time.", ErrorKind.TIMEOUT, "no result after 30 s")
     jobs.finish(job, failed)
-    assert jobs.outcome(job.id) == failed
-    assert jobs.timeline(job.id)[-1].text == "failed: timeout"
+    assert history.outcome(job.id) == failed
+    assert history.timeline(job.id)[-1].text == "failed: timeout"
 
 
-def test_a_callback_that_cannot_be_written_leaves_the_job_running(jobs: Jobs, database_url: str) -> None:
+def test_a_callback_that_cannot_be_written_leaves_the_job_running(
+    jobs: Jobs, database_url: str, history: History
+) -> None:
     job = claimed(jobs)
     rows(database_url, "ALTER TABLE callbacks ADD CONSTRAINT nothing_goes CHECK (false) NOT VALID")
     with pytest.raises(psycopg.errors.CheckViolation, match="nothing_goes"):
         jobs.finish(job, DONE)
     assert job_row(database_url, job.id)["state"] == "running"
-    assert jobs.outcome(job.id) is None
-    assert "finished" not in [event.kind for event in jobs.timeline(job.id)]
+    assert history.outcome(job.id) is None
+    assert "finished" not in [event.kind for event in history.timeline(job.id)]
     rows(database_url, "ALTER TABLE callbacks DROP CONSTRAINT nothing_goes")
     jobs.finish(job, DONE)
     assert callback_row(database_url, job.id)["content"] == "Done."
@@ -313,27 +335,31 @@ def test_a_long_result_is_kept_whole_and_sent_short(jobs: Jobs, database_url: st
     assert content.endswith("… (shortened)")
 
 
-def test_what_postgresql_cannot_hold_is_taken_out_of_what_agents_write(jobs: Jobs, database_url: str) -> None:
+def test_what_postgresql_cannot_hold_is_taken_out_of_what_agents_write(
+    jobs: Jobs, database_url: str, history: History
+) -> None:
     job = claimed(jobs)
-    jobs.add_event(job.id, "text", "a\x00b\ud800c")
-    jobs.record_route(job, Route.BUILD_NEW, "nothing fits", None)
+    history.add_event(job.id, "text", "a\x00b\ud800c")
+    jobs.record_route(job, Route.BUILD_NEW, "nothing fits")
     jobs.finish(job, Outcome(JobState.FAILED, "d\x00e\udfff", ErrorKind.INTERNAL, "\x00f"))
-    assert [event.text for event in jobs.timeline(job.id) if event.kind == "text"] == ["ab?c"]
+    assert [event.text for event in history.timeline(job.id) if event.kind == "text"] == ["ab?c"]
     row = job_row(database_url, job.id)
     assert (row["result"], row["error_detail"]) == ("de?", "f")
     assert callback_row(database_url, job.id)["content"] == "de?"
 
 
-def test_a_job_that_is_stored_twice_is_one_job(jobs: Jobs) -> None:
+def test_a_job_that_is_stored_twice_is_one_job(jobs: Jobs, history: History) -> None:
     [job] = inserted(jobs)
     jobs.insert(job)
     assert [claimed.id for claimed in jobs.claim("me", 20, 5)] == [job.id]
-    assert [event.kind for event in jobs.timeline(job.id)] == ["accepted", "claimed"]
+    assert [event.kind for event in history.timeline(job.id)] == ["accepted", "claimed"]
 
 
-def test_a_terminals_job_whose_terminal_is_gone_is_not_run_by_others(jobs: Jobs, database_url: str) -> None:
+def test_a_terminals_job_whose_terminal_is_gone_is_not_run_by_others(
+    jobs: Jobs, database_url: str, recovery: Recovery
+) -> None:
     job = jobs.insert_claimed(new_job("here and now", channel=Channel.NONE), "a terminal", 0)
-    assert jobs.requeue_expired() == ([], [job.id])
+    assert sweep(recovery) == ([], [job.id])
     assert job_row(database_url, job.id)["error_detail"] == "the terminal that asked for it is gone"
 
 

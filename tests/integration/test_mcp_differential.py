@@ -31,6 +31,7 @@ from tests.integration.mcp_peer import (
 )
 
 TASK = {"task_description": "Write a limerick about zebra stripes"}
+ABOUT_A_TASK = {"action": "status", "request_id": str(REQUEST_ID)}
 
 
 class Difference(Enum):
@@ -123,6 +124,9 @@ HANDSHAKE_ERA = [
     Row("tools/call with arguments that are no object", call("x"), version_header()),
     Row("tools/call of an unknown tool", rpc("tools/call", {"name": "x", "arguments": {}}), version_header()),
     Row("tools/call without a name", rpc("tools/call", {"arguments": {}}), version_header()),
+    Row("question", call({**TASK, "metadata": ABOUT_A_TASK}), version_header()),
+    Row("question in text", call({"metadata": json.dumps(ABOUT_A_TASK)}), version_header()),
+    Row("question without a caller or a request_id", call({"metadata": {"action": "cancel"}}), version_header()),
     Row("tools/call with a NUL", call({"task_description": "a\x00b"}), version_header()),
     Row(
         "tools/call with a lone surrogate",
@@ -167,6 +171,7 @@ MODERN_ERA = [
     Row("modern tools/list", *modern("tools/list")),
     Row("modern tools/call", *modern("tools/call", name="orchestrate", arguments=TASK)),
     Row("modern call with a text id", *modern("tools/call", "a-1", name="orchestrate", arguments=TASK)),
+    Row("modern question", *modern("tools/call", name="orchestrate", arguments={**TASK, "metadata": ABOUT_A_TASK})),
     Row("modern call with a missing argument", *modern("tools/call", name="orchestrate", arguments={})),
     Row(
         "modern call with a lone surrogate",

@@ -12,8 +12,9 @@ import pytest
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 
-from pokestrator.jobs import CallbackTarget
-from tests.integration.mcp_peer import FakeService, our_server
+from pokestrator.intake import Action, Question
+from pokestrator.jobs import CallbackState, CallbackTarget, JobState
+from tests.integration.mcp_peer import FakeService, job_status, our_server
 
 KEY = "a-long-random-key"
 HEADERS = {
@@ -86,6 +87,46 @@ def test_client_lists_the_tool_and_gets_a_structured_ack(
     assert json.loads(result.content[0].text) == result.structured_content
     assert (job.caller, job.metadata) == ("user-1", {"zone": "Europe/Madrid"})
     assert job.callback == CallbackTarget("https://poke.example/cb", "token-1")
+
+
+ANSWERS = [
+    job_status(),
+    job_status(JobState.RUNNING, cancel_requested=True),
+    job_status(JobState.SUCCEEDED, result="There once was a zebra …", delivery=CallbackState.DELIVERED),
+    job_status(JobState.FAILED, result="I couldn't do this.", delivery=CallbackState.DEAD),
+    job_status(JobState.CANCELLED, result="The task was cancelled, as you asked.", delivery=CallbackState.PENDING),
+]
+
+
+@pytest.mark.parametrize(("mode", "version"), MODES)
+def test_answers_to_questions_fit_the_schema_that_the_client_holds_them_against(
+    url: str, service: FakeService, mode: str, version: str
+) -> None:
+    async def use(client: Client) -> list[object]:
+        await client.list_tools()
+        answers = []
+        for status in ANSWERS:
+            service.status = status
+            answers.append(await client.call_tool("orchestrate", {**TASK, "metadata": {"action": "status"}}))
+        return answers
+
+    results = connected(url, mode, use)
+    assert not any(result.is_error for result in results)
+    words = [result.structured_content["status"] for result in results]
+    assert words == ["queued", "cancelling", "succeeded", "failed", "cancelled"]
+    assert all(json.loads(result.content[0].text) == result.structured_content for result in results)
+    assert service.questions == [Question(Action.STATUS, None, "user-1")] * len(ANSWERS)
+    assert service.jobs == []
+
+
+@pytest.mark.parametrize(("mode", "version"), MODES)
+def test_client_learns_that_its_call_was_a_repetition(url: str, service: FakeService, mode: str, version: str) -> None:
+    async def use(client: Client) -> object:
+        await client.list_tools()
+        return await client.call_tool("orchestrate", TASK)
+
+    service.duplicate = True
+    assert connected(url, mode, use).structured_content["duplicate"] is True
 
 
 @pytest.mark.parametrize(("mode", "version"), MODES)

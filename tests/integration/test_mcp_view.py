@@ -468,7 +468,7 @@ def test_nothing_is_accepted_without_the_key(keyed_url: str, service: FakeServic
 
 def test_a_blank_key_is_refused_when_the_endpoint_is_built(service: FakeService) -> None:
     with pytest.raises(ValueError, match="blank"):
-        mcp.mcp_blueprint(service.accept, path="/mcp", api_key=" ")
+        mcp.mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=" ")
 
 
 def test_tool_texts_warn_of_secrets_and_of_calling_twice() -> None:

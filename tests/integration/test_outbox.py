@@ -1,11 +1,8 @@
-"""The outbox and its senders: real PostgreSQL on one side, an inbox that plays Poke on the other."""
+"""What becomes of a callback: real PostgreSQL on one side, an inbox that plays Poke on the other."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +10,14 @@ import pytest
 from pokestrator import delivery as delivery_module
 from pokestrator.delivery import Delivery
 from pokestrator.demo.inbox import Inbox
-from pokestrator.jobs import CallbackTarget, Channel, JobState, Outcome, new_job
+from pokestrator.jobs import Channel
 from pokestrator.poke import Poke
 from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.integration.flow import POKE_KEY, TOKEN, callback_row, contents, eventually, rows
+from tests.integration.flow import POKE_KEY, TOKEN, callback_row, contents, eventually
+from tests.integration.outbox import change, delivering, failed_once, finished, make_due, reaches, wait_left
 
 FAR = 1_000.0  # seconds: a sender that polls this seldom acts only when it is woken
 
@@ -33,52 +32,6 @@ def inbox() -> Iterator[Inbox]:
 def delivery(database: Database, inbox: Inbox) -> Iterator[Delivery]:
     with delivering(database, inbox) as delivery:
         yield delivery
-
-
-@contextmanager
-def delivering(
-    database: Database, inbox: Inbox, *, key: str | None = POKE_KEY, dry_run: bool = False
-) -> Iterator[Delivery]:
-    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, key, dry_run=dry_run))
-    delivery.start()
-    try:
-        yield delivery
-    finally:
-        delivery.close()
-
-
-def finished(jobs: Jobs, text: str = "Done.", *, inbox: Inbox | None = None, token: str = TOKEN) -> uuid.UUID:
-    """A job that has just ended; with `inbox` it wants its answer at a callback address there."""
-    target = CallbackTarget(inbox.callback_url(TOKEN), token) if inbox else None
-    job = jobs.insert_claimed(new_job("A task with a result", callback=target), "me", 60)
-    jobs.finish(job, Outcome(JobState.SUCCEEDED, text))
-    return job.id
-
-
-def make_due(url: str) -> None:
-    rows(url, "UPDATE callbacks SET next_attempt_at = now() WHERE state = 'pending'")
-
-
-def reaches(url: str, job_id: uuid.UUID, state: str, timeout: float = 10) -> dict[str, Any]:
-    """The callback's row, once it has this state."""
-
-    def there() -> dict[str, Any] | None:
-        row = callback_row(url, job_id)
-        return row if row["state"] == state else None
-
-    row = eventually(there, timeout)
-    assert row, callback_row(url, job_id)
-    return dict(row)
-
-
-def failed_once(url: str, job_id: uuid.UUID) -> Callable[[], bool]:
-    return lambda: callback_row(url, job_id)["last_error"] is not None
-
-
-def wait_left(url: str, job_id: uuid.UUID) -> float:
-    """Seconds until the next try."""
-    query = "SELECT extract(epoch FROM next_attempt_at - now())::float AS left FROM callbacks WHERE job_id = %s"
-    return float(rows(url, query, job_id)[0]["left"])
 
 
 # delivered ---------------------------------------------------------------------------------------------------------
@@ -103,7 +56,7 @@ def test_a_result_is_posted_as_soon_as_delivery_is_woken(
         assert received.body["request_id"] == str(job_id)
         assert received.headers["authorization"] == f"Bearer {POKE_KEY}"
     assert (row["attempts"], row["last_status"], row["lease_until"]) == (1, 200, None)
-    assert jobs.timeline(job_id)[-1].kind == "delivered"
+    assert History(database).timeline(job_id)[-1].kind == "delivered"
 
 
 def test_a_result_that_nobody_woke_delivery_for_is_found_by_the_poll(
@@ -169,7 +122,7 @@ def test_the_wait_that_a_receiver_asks_for_is_kept(
     jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery, answer: dict[str, Any], seconds: float
 ) -> None:
     inbox.answer_with([answer])
-    job_id = finished(jobs, inbox=inbox)
+    job_id = finished(jobs)
     delivery.wake()
     assert eventually(failed_once(database_url, job_id))
     assert seconds - 5 < wait_left(database_url, job_id) <= seconds
@@ -186,13 +139,13 @@ def test_a_redirect_is_not_followed(jobs: Jobs, database_url: str, inbox: Inbox,
 
 
 def test_the_last_try_that_fails_makes_a_dead_letter(
-    jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
 ) -> None:
     inbox.answer_with([{"status": 500}])
     job_id = finished(jobs)
-    rows(database_url, "UPDATE callbacks SET attempts = 11")
-    delivery.wake()
-    row = reaches(database_url, job_id, "dead")
+    change(database_url, job_id, "attempts = 11")
+    with delivering(database, inbox):
+        row = reaches(database_url, job_id, "dead")
     assert (row["attempts"], row["last_status"]) == (12, 500)
 
 
@@ -200,7 +153,7 @@ def test_the_last_try_that_fails_makes_a_dead_letter(
 
 
 def test_a_refusal_makes_a_dead_letter_with_its_reason(
-    jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, delivery: Delivery
 ) -> None:
     inbox.answer_with([{"status": 400, "body": {"error": "message is too long"}}])
     job_id = finished(jobs)
@@ -208,7 +161,7 @@ def test_a_refusal_makes_a_dead_letter_with_its_reason(
     row = reaches(database_url, job_id, "dead")
     assert (row["last_status"], row["last_error"]) == (400, "HTTP 400 message is too long")
     assert row["content"] == "Done."  # kept, to be sent again
-    event = jobs.timeline(job_id)[-1]
+    event = History(database).timeline(job_id)[-1]
     assert (event.kind, event.text) == ("callback dead", "HTTP 400 message is too long")
     assert len(inbox.received) == 1
 
@@ -255,73 +208,66 @@ def test_without_a_key_messages_wait_unattempted_and_go_out_once_there_is_one(
     assert contents(inbox.received) == ["I go.", "I wait."]
 
 
-# many --------------------------------------------------------------------------------------------------------------
+# a callback URL that fails -------------------------------------------------------------------------------------------
 
 
-def test_slow_receivers_do_not_hold_up_another_callback(
-    jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery
+@pytest.mark.parametrize("fault", [{"status": 503}, {"close": True}, {"redirect": "/elsewhere"}])
+def test_a_callback_url_that_fails_is_tried_there_until_ten_minutes_have_passed(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, fault: dict[str, Any]
 ) -> None:
-    inbox.answer_with([{"delay": 30}] * 7)
-    slow = [finished(jobs, f"Slow {number}.") for number in range(7)]
-    delivery.wake()
-    assert len(inbox.wait_for(7, 10)) == 7
-    started = time.monotonic()
-    quick = finished(jobs, "Quick.")
-    delivery.wake()
-    reaches(database_url, quick, "delivered")
-    assert time.monotonic() - started < 2
-    assert {callback_row(database_url, job_id)["state"] for job_id in slow} == {"pending"}
-    inbox.stop()  # or close() would wait for them
+    inbox.answer_with([fault, fault])
+    job_id = finished(jobs, inbox=inbox)
+    change(database_url, job_id, "begun_at = now() - interval '9 minutes'")
+    with delivering(database, inbox) as delivery:
+        assert eventually(failed_once(database_url, job_id))
+        assert callback_row(database_url, job_id)["channel"] == "callback"
+        change(database_url, job_id, "begun_at = now() - interval '10 minutes', next_attempt_at = now()")
+        delivery.wake()
+        row = reaches(database_url, job_id, "delivered")
+    assert row["channel"] == "api_message"
+    assert inbox.received[-1].channel == "api_message"
+    assert {each.headers["idempotency-key"] for each in inbox.received} == {str(row["id"])}
 
 
-def test_two_deliveries_never_send_one_callback_twice(
+def test_the_wait_before_the_message_api_takes_over_ends_at_ten_minutes(
     jobs: Jobs, database: Database, database_url: str, inbox: Inbox
 ) -> None:
-    for number in range(60):
-        finished(jobs, f"Result {number}.")
-    with delivering(database, inbox), delivering(database, inbox):
-        inbox.wait_for(60, 20)
-        assert eventually(lambda: not rows(database_url, "SELECT id FROM callbacks WHERE state = 'pending'"))
-    assert sorted(contents(inbox.received)) == sorted(f"Result {number}." for number in range(60))
-    assert rows(database_url, "SELECT DISTINCT attempts FROM callbacks") == [{"attempts": 1}]
-
-
-@pytest.mark.parametrize("seen_by_analyze", [0, 1])
-def test_a_claim_takes_no_more_than_its_limit_whatever_the_planner_knows(
-    jobs: Jobs, database: Database, database_url: str, seen_by_analyze: int
-) -> None:
-    for _ in range(seen_by_analyze):
-        finished(jobs)
-    rows(database_url, "ANALYZE")
-    for _ in range(10):
-        finished(jobs)
-    callbacks = Callbacks(database)
-    assert [len(callbacks.claim_due([Channel.API_MESSAGE], 1)) for _ in range(3)] == [1, 1, 1]
-
-
-def test_a_sender_whose_claim_lapsed_writes_nothing(jobs: Jobs, database: Database, database_url: str) -> None:
-    job_id = finished(jobs)
-    callbacks = Callbacks(database)
-    [late] = callbacks.claim_due([Channel.API_MESSAGE], 1)
-    assert callbacks.claim_due([Channel.API_MESSAGE], 1) == []
-    rows(database_url, "UPDATE callbacks SET lease_until = now() - interval '1 second'")
-    [current] = callbacks.claim_due([Channel.API_MESSAGE], 1)
-    before, timeline = callback_row(database_url, job_id), jobs.timeline(job_id)
-    callbacks.dead(late, 400, "too late")
-    callbacks.retry(late, 500, "too late", wait_seconds=5, channel=Channel.API_MESSAGE)
-    callbacks.delivered(late, 200)
-    assert callback_row(database_url, job_id) == before
-    assert jobs.timeline(job_id) == timeline
-    callbacks.delivered(current, 200)
+    inbox.answer_with([{"status": 500}])
+    job_id = finished(jobs, inbox=inbox)
+    change(database_url, job_id, "attempts = 3, begun_at = now() - interval '160 seconds'")
+    with delivering(database, inbox):
+        assert eventually(failed_once(database_url, job_id))
     row = callback_row(database_url, job_id)
-    assert (row["state"], row["attempts"]) == ("delivered", 2)
+    assert (row["state"], row["channel"]) == ("pending", "api_message")
+    assert 430 < wait_left(database_url, job_id) <= 440
 
 
-def test_a_delivered_callback_stays_delivered(jobs: Jobs, database: Database, database_url: str) -> None:
-    job_id = finished(jobs)
-    callbacks = Callbacks(database)
-    [callback] = callbacks.claim_due([Channel.API_MESSAGE], 1)
-    callbacks.delivered(callback, 200)
-    callbacks.dead(callback, 400, "a second opinion")
-    assert callback_row(database_url, job_id)["state"] == "delivered"
-    assert callbacks.claim_due([Channel.API_MESSAGE], 1) == []
+def test_without_a_key_a_callback_url_that_fails_is_tried_on(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
+) -> None:
+    inbox.answer_with([{"status": 500}])
+    job_id = finished(jobs, inbox=inbox)
+    change(database_url, job_id, "attempts = 6, begun_at = now() - interval '3 hours'")
+    with delivering(database, inbox, key=None):
+        assert eventually(failed_once(database_url, job_id))
+    row = callback_row(database_url, job_id)
+    assert (row["state"], row["channel"]) == ("pending", "callback")
+    assert 0.8 * 18_000 - 10 < wait_left(database_url, job_id) <= 1.2 * 18_000
+
+
+def test_a_callback_url_that_refuses_the_text_makes_a_dead_letter(
+    jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery
+) -> None:
+    inbox.answer_with([{"status": 422, "body": {"error": "too long"}}])
+    row = reaches(database_url, finished(jobs, inbox=inbox), "dead")
+    assert (row["channel"], row["last_status"], row["last_error"]) == ("callback", 422, "HTTP 422 too long")
+
+
+@pytest.mark.parametrize("said", ["no \x00 here", "half \ud800 a pair"])
+def test_a_refusal_in_characters_that_no_row_can_hold_makes_a_dead_letter_too(
+    jobs: Jobs, database_url: str, inbox: Inbox, delivery: Delivery, said: str
+) -> None:
+    inbox.answer_with([{"status": 400, "body": {"error": said}}])
+    row = reaches(database_url, finished(jobs), "dead")
+    assert row["last_error"].startswith("HTTP 400 ")
+    assert len(inbox.received) == 1

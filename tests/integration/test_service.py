@@ -67,7 +67,7 @@ def test_a_task_that_a_template_fits_stores_it_and_runs_it(application: Applicat
     assert application.subagents.get("sea_poet") is None
     job = task(POET_TASK, {"text": "The light turns round."}, inbox=inbox)
     assert done(application, job) == "The light turns round."
-    assert application.jobs.road(job.id) == (Route.TEMPLATE, "sea_poet")
+    assert application.history.road(job.id) == (Route.TEMPLATE, "sea_poet")
     stored = application.subagents.get("sea_poet")
     assert stored is not None
     assert stored.origin is Origin.TEMPLATE
@@ -79,7 +79,7 @@ def test_the_second_task_of_a_template_matches_the_stored_subagent(application: 
     done(application, task(POET_TASK, {"text": "One."}))
     second = task(POET_TASK, {"text": "Two."})
     assert done(application, second) == "Two."
-    assert application.jobs.road(second.id) == (Route.MATCH, "sea_poet")
+    assert application.history.road(second.id) == (Route.MATCH, "sea_poet")
     asked = api.requests[-1].body
     assert "You write poems of at most four lines" in str(asked["system"])
     assert POET_TASK in str(asked["messages"])
@@ -90,7 +90,7 @@ def test_a_task_that_nothing_fits_builds_a_subagent_and_asks_to_send_it_again(
 ) -> None:
     first = task(UNFITTING_TASK, DRAFTS_SCARF)
     text = done(application, first)
-    assert application.jobs.road(first.id) == (Route.BUILD_NEW, None)
+    assert application.history.road(first.id) == (Route.BUILD_NEW, None)
     [received] = inbox.wait_for(1, 10)
     assert contents([received]) == [text]
     assert "scarf coder" in text
@@ -103,7 +103,7 @@ def test_a_task_that_nothing_fits_builds_a_subagent_and_asks_to_send_it_again(
 
     second = task(UNFITTING_TASK, {"text": "-.- -. .. -"})
     assert done(application, second) == "-.- -. .. -"
-    assert application.jobs.road(second.id) == (Route.MATCH, "scarf_coder")
+    assert application.history.road(second.id) == (Route.MATCH, "scarf_coder")
 
 
 def test_with_after_build_run_the_new_subagent_runs_at_once(
@@ -142,6 +142,7 @@ def test_a_draft_that_takes_a_templates_name_gets_another(application: Applicati
 # building that fails -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_backoff")
 def test_while_claude_cannot_be_reached_nothing_is_built_and_the_person_is_told(
     inbox: Inbox, database_url: str, tmp_path: Path
 ) -> None:
@@ -155,7 +156,7 @@ def test_while_claude_cannot_be_reached_nothing_is_built_and_the_person_is_told(
         inbox.wait_for(1, 10)
         assert (outcome.state, outcome.error) == (JobState.FAILED, ErrorKind.UNREACHABLE)
         assert application.subagents.all() == []
-    assert contents(inbox.received) == [sentence(ErrorKind.UNREACHABLE)]
+    assert contents(inbox.received) == [sentence(ErrorKind.UNREACHABLE)]  # drafting has no effects that could double
 
 
 @pytest.mark.parametrize(
@@ -185,8 +186,8 @@ def test_a_draft_that_breaks_the_rules_is_not_stored(
 def test_the_timeline_tells_the_way_of_a_task(application: Application) -> None:
     job = task(POET_TASK, bash("echo  the\necho sea"), {"text": "The\nsea."})
     done(application, job)
-    assert eventually(lambda: application.jobs.timeline(job.id)[-1].kind == "delivered")
-    told = [(event.kind, event.text) for event in application.jobs.timeline(job.id)]
+    assert eventually(lambda: application.history.timeline(job.id)[-1].kind == "delivered")
+    told = [(event.kind, event.text) for event in application.history.timeline(job.id)]
     kinds = [kind for kind, _ in told]
     assert kinds == ["accepted", "claimed", "routed", "running", "tool", "text", "finished", "delivered"]
     said = dict(told)
@@ -200,7 +201,7 @@ def test_the_timeline_tells_the_way_of_a_task(application: Application) -> None:
 def test_the_timeline_of_a_build_tells_what_was_built(application: Application) -> None:
     job = task(UNFITTING_TASK, DRAFTS_SCARF)
     done(application, job)
-    said = {event.kind: event.text for event in application.jobs.timeline(job.id)}
+    said = {event.kind: event.text for event in application.history.timeline(job.id)}
     assert said["drafting"] == "asking haiku for a new subagent"
     assert said["built"].startswith("scarf_coder: Takes tasks of the kind scarf coder.")
 
@@ -246,6 +247,7 @@ def test_a_template_may_lower_the_time_of_a_run_and_never_raise_it(
         inbox.wait_for(1, 10)
     assert outcome.error is ErrorKind.TIMEOUT
     assert contents(inbox.received) == [sentence(ErrorKind.TIMEOUT, told)]
+    assert job_row(database_url, job.id)["claim_seq"] == 1  # it would only happen again
     assert f"({told} seconds)" in outcome.text
 
 
@@ -255,13 +257,9 @@ def test_a_template_may_lower_the_time_of_a_run_and_never_raise_it(
 def test_whatever_ends_a_run_the_person_is_told_which(application: Application, inbox: Inbox) -> None:
     ends: dict[ErrorKind, dict[str, Any]] = {
         ErrorKind.UNAUTHORIZED: {"status": 401, "type": "authentication_error"},
-        ErrorKind.RATE_LIMITED: {"status": 429, "type": "rate_limit_error"},
-        ErrorKind.OVERLOADED: {"status": 529, "type": "overloaded_error"},
         ErrorKind.API_ERROR: {"status": 400, "type": "invalid_request_error"},
-        ErrorKind.STREAM_CUT: {"cut": True},
         ErrorKind.REFUSAL: {"refusal": True},
         ErrorKind.NO_OUTPUT: {"empty": True},
-        ErrorKind.AGENT_CRASHED: bash("kill -9 $PPID; sleep 5"),
     }
     jobs = {kind: task(POET_TASK, step) for kind, step in ends.items()}
     for job in jobs.values():
@@ -289,7 +287,11 @@ def test_a_fault_of_ours_is_told_too(application: Application, inbox: Inbox, mon
 
 
 def test_a_task_asked_for_at_a_terminal_sends_nothing(application: Application, inbox: Inbox) -> None:
-    assert done(application, quiet_task()).startswith("[scripted answer]")
+    job = application.claim_here(quiet_task())
+    assert application.service.run_job(job) is None
+    outcome = application.history.outcome(job.id)
+    assert outcome is not None
+    assert outcome.text.startswith("[scripted answer]")
     assert done(application, task(POET_TASK, {"text": "Sent."})) == "Sent."
     assert contents(inbox.wait_for(1, 10)) == ["Sent."]
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 
 from pokestrator import delivery
-from pokestrator.delivery import LONGEST_ASKED_WAIT, WAITS, Delivery, is_worth_retrying, wait_after
+from pokestrator.delivery import LONGEST_ASKED_WAIT, WAITS, Delivery, NextTry, is_worth_retrying, next_try, wait_after
 from pokestrator.jobs import CallbackTarget, Channel
 from pokestrator.poke import Message, Poke, Receipt
 from pokestrator.store.callbacks import Callback, Callbacks
 
-SECOND, MINUTE, HOUR = 1, 60, 3_600
+SECOND, MINUTE, HOUR, DAY = 1, 60, 3_600, 86_400
 LAST_TRY = len(WAITS) + 1
 
 
@@ -72,14 +72,77 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
+# What follows a failure ------------------------------------------------------------------------------------------
+
+URL, API = Channel.CALLBACK, Channel.API_MESSAGE
+
+
 @pytest.mark.parametrize("status", [None, 408, 425, 429, 500, 502, 503, 504, 529, 599])
-def test_no_answer_a_fault_and_not_now_are_worth_another_try(status: int | None) -> None:
-    assert is_worth_retrying(Receipt(False, status))
+@pytest.mark.parametrize("channel", [URL, API])
+def test_no_answer_a_fault_and_not_now_are_worth_another_try(status: int | None, channel: Channel) -> None:
+    assert is_worth_retrying(Receipt(False, status), channel)
 
 
-@pytest.mark.parametrize("status", [200, 204, 301, 302, 308, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
-def test_any_other_refusal_is_not(status: int) -> None:
-    assert not is_worth_retrying(Receipt(False, status))
+@pytest.mark.parametrize("status", [200, 204, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
+@pytest.mark.parametrize("channel", [URL, API])
+def test_any_other_refusal_is_not(status: int, channel: Channel) -> None:
+    assert not is_worth_retrying(Receipt(False, status), channel)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_a_fault_of_a_callback_url_and_a_refusal_by_the_message_api(status: int) -> None:
+    assert is_worth_retrying(Receipt(False, status), URL)
+    assert not is_worth_retrying(Receipt(False, status), API)
+
+
+MINUTES_10 = 10 * MINUTE
+
+
+@pytest.mark.parametrize(
+    ("channel", "status", "tries", "age", "channels", "then"),
+    [
+        # A callback URL that fails hands over at ten minutes, to the second.
+        (URL, 503, 1, 0, (URL, API), NextTry(5, URL)),
+        (URL, None, 3, 40, (URL, API), NextTry(120, URL)),
+        (URL, 302, 4, 160, (URL, API), NextTry(440, API)),
+        (URL, 503, 4, 0, (URL, API), NextTry(MINUTES_10, API)),
+        (URL, 503, 4, -DAY, (URL, API), NextTry(MINUTES_10, API)),  # the clock went back
+        (URL, 503, 2, MINUTES_10, (URL, API), NextTry(0, API)),
+        (URL, 503, 2, DAY, (URL, API), NextTry(0, API)),  # the clock went forward
+        (URL, 503, 12, 76 * HOUR, (URL, API), NextTry(0, API)),
+        # Where there is no message API, the URL has the whole schedule.
+        (URL, 503, 4, 160, (URL,), NextTry(10 * MINUTE, URL)),
+        (URL, 503, 11, 50 * HOUR, (URL,), NextTry(24 * HOUR, URL)),
+        (URL, 503, 12, 76 * HOUR, (URL,), None),
+        # A dead token hands over at once, and waits for a key if there is none.
+        (URL, 401, 1, 0, (URL, API), NextTry(0, API)),
+        (URL, 410, 12, 76 * HOUR, (URL,), NextTry(0, API)),
+        # A refusal is final everywhere.
+        (URL, 400, 1, 0, (URL, API), None),
+        (URL, 422, 1, DAY, (URL, API), None),
+        (API, 401, 1, 0, (URL, API), None),
+        (API, 302, 1, 0, (URL, API), None),
+        # The message API has the rest of the schedule.
+        (API, 503, 5, MINUTES_10, (URL, API), NextTry(30 * MINUTE, API)),
+        (API, 503, 12, 76 * HOUR, (URL, API), None),
+    ],
+)
+def test_what_follows_a_failure(
+    channel: Channel,
+    status: int | None,
+    tries: int,
+    age: float,
+    channels: tuple[Channel, ...],
+    then: NextTry | None,
+) -> None:
+    receipt = Receipt(False, status, "why")
+    assert next_try(receipt, channel=channel, tries=tries, age_seconds=age, channels=channels) == then
+
+
+def test_what_a_receiver_asks_for_does_not_put_the_message_api_off() -> None:
+    receipt = Receipt(False, 429, "why", 3_600.0)
+    then = next_try(receipt, channel=URL, tries=1, age_seconds=100, channels=(URL, API))
+    assert then == NextTry(500, API)
 
 
 # What is done with a receipt -------------------------------------------------------------------------------------
@@ -124,10 +187,10 @@ class Postman:
         return self.receipt
 
 
-def written(receipt: Receipt, *, attempt: int = 1, channel: Channel = Channel.API_MESSAGE) -> tuple[Any, ...]:
+def written(receipt: Receipt, *, tries: int = 1, channel: Channel = Channel.API_MESSAGE) -> tuple[Any, ...]:
     """What the outbox holds after this receipt."""
     target = CallbackTarget("https://poke.invalid/c", "token") if channel is Channel.CALLBACK else None
-    callback = Callback(uuid.uuid4(), uuid.uuid4(), "a task", "a result", channel, target, attempt)
+    callback = Callback(uuid.uuid4(), uuid.uuid4(), "a task", "a result", channel, target, 100 + tries, tries, 0.0)
     outbox, postman = Outbox(callback), Postman(receipt)
     Delivery(cast(Callbacks, outbox), cast(Poke, postman)).deliver(callback.job_id)
     (message,) = postman.sent
@@ -144,7 +207,7 @@ def test_a_delivered_callback_is_written_as_delivered() -> None:
 def test_a_fault_is_tried_again_on_the_same_channel_with_a_jitter_of_a_fifth() -> None:
     waits = set()
     for _ in range(100):
-        kind, status, error, wait, channel = written(Receipt(False, 503, "HTTP 503"), attempt=4)
+        kind, status, error, wait, channel = written(Receipt(False, 503, "HTTP 503"), tries=4)
         assert (kind, status, error, channel) == ("retry", 503, "HTTP 503", Channel.API_MESSAGE)
         assert 480 <= wait <= 720
         waits.add(wait)
@@ -164,10 +227,10 @@ def test_a_refusal_by_the_message_api_is_a_dead_letter_with_its_reason(status: i
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_a_callback_address_that_has_ended_hands_over_to_the_message_api_at_once(status: int) -> None:
-    entry = written(Receipt(False, status, "why"), attempt=7, channel=Channel.CALLBACK)
+    entry = written(Receipt(False, status, "why"), tries=7, channel=Channel.CALLBACK)
     assert entry == ("retry", status, "why", 0, Channel.API_MESSAGE)
 
 
 def test_the_last_try_ends_in_the_dead_letters() -> None:
-    assert written(Receipt(False, None, "ConnectionError"), attempt=11)[0] == "retry"
-    assert written(Receipt(False, None, "ConnectionError"), attempt=12) == ("dead", None, "ConnectionError")
+    assert written(Receipt(False, None, "ConnectionError"), tries=11)[0] == "retry"
+    assert written(Receipt(False, None, "ConnectionError"), tries=12) == ("dead", None, "ConnectionError")

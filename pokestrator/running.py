@@ -1,0 +1,158 @@
+"""One run of a job: its route, a new subagent where none fits, and the agent itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pokestrator.building import draft_request, read_draft, task_text
+from pokestrator.claude.pool import Claude
+from pokestrator.errors import InvalidDefinition, StoreUnavailable
+from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
+from pokestrator.routing import Decision, decide, decide_from_memory
+from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
+from pokestrator.store.history import History
+from pokestrator.store.jobs import Jobs
+from pokestrator.store.subagents import Subagents
+from pokestrator.subagents import Definition, Subagent, Template
+from pokestrator.telemetry import get_logger, one_line
+
+log = get_logger(__name__)
+
+NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
+DEFAULT_MAX_TURNS = 30
+DEFAULT_MAX_BUDGET_USD = 1.0
+
+
+@dataclass(frozen=True)
+class RunPolicy:
+    """What runs are allowed where a subagent's version says nothing, and the ceiling where it does."""
+
+    model: str
+    fast_model: str
+    timeout_seconds: float  # a version may lower it, never raise it
+    after_build: Literal["ask", "run"]
+
+    def request(self, definition: Definition, prompt: str, run_id: str) -> RunRequest:
+        """A run of a subagent's version."""
+        return RunRequest(
+            prompt=prompt,
+            system_prompt=definition.system_prompt,
+            model=definition.model or self.model,
+            timeout_seconds=self.timeout_of(definition),
+            tools=definition.tools,
+            max_turns=definition.max_turns or DEFAULT_MAX_TURNS,
+            max_budget_usd=definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD,
+            run_id=run_id,
+        )
+
+    def timeout_of(self, definition: Definition) -> float:
+        return min(definition.timeout_seconds or self.timeout_seconds, self.timeout_seconds)
+
+
+class Runner:
+    """Takes one job at a time, in the caller's thread, to an outcome; writes its way there, but not its end."""
+
+    def __init__(
+        self,
+        *,
+        jobs: Jobs,
+        history: History,
+        subagents: Subagents,
+        templates: Sequence[Template],
+        claude: Claude,
+        policy: RunPolicy,
+    ) -> None:
+        self._jobs = jobs
+        self._history = history
+        self._subagents = subagents
+        self._templates = {template.name: template for template in templates}
+        self._claude = claude
+        self._policy = policy
+
+    def outcome(self, job: Job) -> Outcome:
+        """Run a claimed job, from its route to its result. Raises LeaseLost, StoreUnavailable."""
+        decision = decide(self._subagents.candidates(job.task, tuple(self._templates.values())))
+        log.info("routed", request_id=str(job.id), route=decision.route, subagent=decision.name, reason=decision.reason)
+        if decision.route is Route.BUILD_NEW:
+            self._jobs.record_route(job, decision.route, decision.reason)
+            return self._build(job)
+        subagent = self._find(decision)
+        self._jobs.record_route(job, decision.route, decision.reason)
+        return self._run_agent(job, subagent)
+
+    def _find(self, decision: Decision) -> Subagent:
+        assert decision.name is not None, "matches and templates are named"
+        subagent = self._subagents.get(decision.name)
+        return subagent or self._subagents.adopt(self._templates[decision.name])
+
+    def _run_agent(self, job: Job, subagent: Subagent) -> Outcome:
+        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id)
+        note = f"{subagent.name} version {subagent.version}"
+        self._jobs.begin_run(job, subagent.id, subagent.version, note)
+        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        return outcome_of(result, request.timeout_seconds)
+
+    def _build(self, job: Job) -> Outcome:
+        self._note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
+        request = draft_request(
+            job.task,
+            job.metadata,
+            model=self._policy.fast_model,
+            names_taken=[*self._templates, *self._subagents.names(NAMES_SHOWN)],
+            timeout_seconds=self._policy.timeout_seconds,
+        )
+        request = replace(request, run_id=job.run_id)
+        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        if result.error is not None:
+            return outcome_of(result, request.timeout_seconds)
+        try:
+            draft = read_draft(result, self._templates.keys())
+        except InvalidDefinition as error:
+            return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
+        subagent = self._subagents.build(draft, job.task, since=job.created_at)
+        self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
+        log.info("built", request_id=str(job.id), subagent=subagent.name)
+        if self._policy.after_build == "run":
+            outcome = self._run_agent(job, subagent)
+            return replace(outcome, usage=outcome.usage + result.usage)
+        return Outcome(JobState.SUCCEEDED, _built(subagent), usage=result.usage)
+
+    def outcome_from_memory(self, job: NewJob) -> Outcome:
+        """Run a job that is not in the database, if a template fits it."""
+        decision = decide_from_memory(job.task, tuple(self._templates.values()))
+        log.info("routed", request_id=str(job.id), route=decision.route, reason=decision.reason, durable=False)
+        if decision.name is None:
+            return failed(ErrorKind.NOT_STORED, decision.reason)
+        template = self._templates[decision.name]
+        request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
+        return outcome_of(self._claude.run(request, _ignore), request.timeout_seconds)
+
+    def _note(self, job: Job, kind: str, text: str) -> None:
+        try:
+            self._history.add_event(job.id, kind, one_line(text))
+        except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
+            log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
+
+
+def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:
+    """How a job ends whose last run ended like this."""
+    if result.error is None:
+        return Outcome(JobState.SUCCEEDED, result.text, usage=result.usage)
+    outcome = failed(result.error, result.detail, result.usage, timeout_seconds)
+    return replace(outcome, is_transient=result.is_transient)
+
+
+def failed(kind: ErrorKind, detail: str, usage: Usage | None = None, timeout_seconds: float = 0) -> Outcome:
+    """A failure, with the one sentence that the person is told."""
+    return Outcome(JobState.FAILED, sentence(kind, timeout_seconds), kind, detail, usage or Usage())
+
+
+def _built(subagent: Subagent) -> str:
+    name, description = subagent.name.replace("_", " "), subagent.definition.description
+    return f"I had nothing for this yet, so I built “{name}”: {description} Please send the task again to run it."
+
+
+def _ignore(_event: RunEvent) -> None:
+    """Runs from memory have no timeline."""

@@ -1,0 +1,201 @@
+"""Many callbacks at once: slow receivers, two instances, leaving."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pokestrator import delivery as delivery_module
+from pokestrator import poke as poke_module
+from pokestrator.delivery import PER_RECEIVER, SENDERS, Delivery
+from pokestrator.demo.inbox import Inbox
+from pokestrator.intake import new_job
+from pokestrator.jobs import CallbackTarget
+from pokestrator.poke import Poke
+from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.jobs import Jobs
+from pokestrator.store.pool import Database
+from tests.integration.flow import POKE_KEY, TOKEN, callback_row, captured_logs, contents, eventually, rows
+from tests.integration.outbox import delivering, finished, make_due, reaches
+
+SLOW = {"delay": 30}
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    with Inbox(api_key=POKE_KEY) as inbox:
+        yield inbox
+
+
+@pytest.fixture
+def slow() -> Iterator[Inbox]:
+    """A receiver that answers nobody in the time of a test."""
+    with Inbox() as slow:
+        slow.answer_with([SLOW] * 100)
+        yield slow
+
+
+def senders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("sender")]
+
+
+# slow receivers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_callback_url_holds_up_nobody_elses_callback(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox
+) -> None:
+    url = slow.callback_url(TOKEN)
+    held_up = [finished(jobs, f"Slow {number}.", url=url) for number in range(PER_RECEIVER + 4)]
+    with delivering(database, inbox) as delivery:
+        assert len(slow.wait_for(PER_RECEIVER, 10)) == PER_RECEIVER
+        started = time.monotonic()
+        quick = [finished(jobs, "By message."), finished(jobs, "By callback.", inbox=inbox)]
+        delivery.wake()
+        for job_id in quick:
+            reaches(database_url, job_id, "delivered")
+        assert time.monotonic() - started < 4
+        assert len(slow.received) == PER_RECEIVER
+    assert sum(callback_row(database_url, job_id)["attempts"] for job_id in held_up) == PER_RECEIVER
+
+
+def test_a_slow_message_api_holds_up_no_callback_url(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox
+) -> None:
+    for number in range(PER_RECEIVER + 4):
+        finished(jobs, f"Slow {number}.")
+    with delivering(database, slow) as delivery:
+        assert len(slow.wait_for(PER_RECEIVER, 10)) == PER_RECEIVER
+        quick = finished(jobs, "By callback.", inbox=inbox)
+        delivery.wake()
+        reaches(database_url, quick, "delivered", 4)
+        assert len(slow.received) == PER_RECEIVER
+
+
+def test_there_are_never_more_senders_than_allowed(jobs: Jobs, database: Database, inbox: Inbox, slow: Inbox) -> None:
+    for _ in range(SENDERS + 5):
+        finished(jobs, inbox=slow)
+    with delivering(database, inbox):
+        assert len(slow.wait_for(SENDERS, 20)) == SENDERS
+        assert len(senders()) == SENDERS
+        assert len(slow.wait_for(SENDERS + 1, 1.5)) == SENDERS  # a second and more: the poll has looked again
+    assert eventually(lambda: senders() == [])
+
+
+def test_a_receiver_that_is_slow_beyond_the_time_of_a_post_is_broken_off(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poke_module, "POST_SECONDS", 0.5)
+    monkeypatch.setattr(delivery_module, "POLL_SECONDS", 0.1)
+    job_id = finished(jobs, inbox=slow)
+    with delivering(database, inbox):
+        assert eventually(lambda: callback_row(database_url, job_id)["last_error"])
+    row = callback_row(database_url, job_id)
+    assert (row["state"], row["last_status"], row["lease_until"]) == ("pending", None, None)
+    assert row["last_error"].startswith("broken off after ")
+    assert row["last_error"].endswith(" s at 127.0.0.1")
+
+
+# two instances -------------------------------------------------------------------------------------------------------
+
+
+def test_two_deliveries_never_send_one_callback_twice(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
+) -> None:
+    for number in range(50):
+        finished(jobs, f"Result {number}.", inbox=inbox if number % 2 else None)
+    with delivering(database, inbox), delivering(database, inbox):
+        inbox.wait_for(50, 20)
+        assert eventually(lambda: not rows(database_url, "SELECT id FROM callbacks WHERE state = 'pending'"))
+    assert sorted(contents(inbox.received)) == sorted(f"Result {number}." for number in range(50))
+    assert rows(database_url, "SELECT DISTINCT attempts FROM callbacks") == [{"attempts": 1}]
+
+
+# leaving -------------------------------------------------------------------------------------------------------------
+
+
+def test_leaving_waits_for_a_receiver_that_answers_soon(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
+) -> None:
+    inbox.answer_with([{"delay": 1}])
+    job_id = finished(jobs)
+    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery.start()
+    assert inbox.wait_for(1, 10)
+    delivery.close()
+    assert callback_row(database_url, job_id)["state"] == "delivered"
+
+
+def test_leaving_breaks_a_slow_receiver_off_and_another_instance_sends_it_again(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox
+) -> None:
+    job_id = finished(jobs, "Once more.")
+    leaving = Delivery(Callbacks(database), Poke(slow.message_url, POKE_KEY, dry_run=False))
+    leaving.start()
+    assert slow.wait_for(1, 10)
+    started = time.monotonic()
+    leaving.close(0.3)
+    assert time.monotonic() - started < 2
+    assert senders() == []
+    row = callback_row(database_url, job_id)
+    assert (row["state"], row["lease_until"]) == ("pending", None)
+    assert row["last_error"].startswith("broken off after ")
+    make_due(database_url)
+    with delivering(database, inbox):
+        reaches(database_url, job_id, "delivered")
+    [first], [second] = slow.received, inbox.received
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"] == str(row["id"])
+
+
+def test_after_leaving_nothing_is_claimed(jobs: Jobs, database: Database, database_url: str, inbox: Inbox) -> None:
+    with delivering(database, inbox) as delivery:
+        delivery.stop()
+        left = finished(jobs)
+        delivery.wake()
+    assert callback_row(database_url, left)["attempts"] == 0
+
+
+def test_a_delivery_that_was_never_started_can_be_closed(database: Database, inbox: Inbox) -> None:
+    started = time.monotonic()
+    Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False)).close()
+    assert time.monotonic() - started < 1
+
+
+# from memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_from_memory_a_dead_callback_token_falls_back_to_the_message_api(database: Database, inbox: Inbox) -> None:
+    target = CallbackTarget(inbox.callback_url(TOKEN), "a-token-that-has-ended")
+    with delivering(database, inbox) as delivery:
+        delivery.send_from_memory(new_job("a task", callback=target), "The result.")
+    assert [(each.channel, each.status) for each in inbox.received] == [("callback", 401), ("api_message", 200)]
+
+
+@pytest.mark.parametrize("fault", [SLOW, {"status": 503}], ids=["in a POST", "in the wait for the next try"])
+def test_stopping_ends_what_is_sent_from_memory(
+    database: Database, inbox: Inbox, fault: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox.answer_with([fault])
+    with captured_logs(monkeypatch, delivery_module) as logs, delivering(database, inbox) as delivery:
+        sender = threading.Thread(target=delivery.send_from_memory, args=(new_job("a task"), "The result."))
+        sender.start()
+        assert inbox.wait_for(1, 10)
+        delivery.stop(0.2)
+        sender.join(4)
+        assert not sender.is_alive()
+    assert [entry["event"] for entry in logs][-1] == "callback_lost"
+    assert len(inbox.received) == 1
+
+
+@pytest.mark.parametrize("status", [400, 302])
+def test_what_is_refused_from_memory_is_logged_as_lost(
+    database: Database, inbox: Inbox, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox.answer_with([{"status": status}])
+    with captured_logs(monkeypatch, delivery_module) as logs, delivering(database, inbox) as delivery:
+        delivery.send_from_memory(new_job("a task"), "The result.")
+    assert [entry["event"] for entry in logs][-1] == "callback_lost"
+    assert len(inbox.received) == 1
