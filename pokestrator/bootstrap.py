@@ -166,6 +166,7 @@ def build(
     def abort_runs() -> None:
         stopping.set()
         runs.close()
+        delivery.stop()
 
     owner, liveness = owner_name(), Liveness(settings.data_dir.expanduser() / OWNERS_FOLDER)
     claims, heartbeats = database.line(), database.line()

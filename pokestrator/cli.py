@@ -129,7 +129,7 @@ def list_dead_letters(limit: int) -> None:
         found = outbox.dead_letters(limit + 1)
     for letter in found[:limit]:
         at = letter.at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        what = f"{_printable(letter.reason, 200)}  {_printable(letter.content, 60)}"
+        what = f"{one_line(letter.reason, 200)}  {one_line(letter.content, 60)}"
         click.echo(f"{letter.request_id}  {at}  {letter.tries:>2} tries  {letter.status or '-':>3}  {what}")
     if not found:
         click.echo("There are no dead letters.", err=True)
@@ -204,11 +204,6 @@ def _one_or_all(
 
 def _counted(number: int) -> str:
     return "1 callback" if number == 1 else f"{number} callbacks"
-
-
-def _printable(text: str, limit: int) -> str:
-    """What others wrote, on one line and without what a terminal would obey."""
-    return "".join(character if character.isprintable() else "·" for character in one_line(text, limit))
 
 
 def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:

@@ -131,7 +131,10 @@ class Delivery:
         self._wake.set()
 
     def stop(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Claim no more, end all waits, and after `seconds` break off what is still being posted. Does not block."""
+        """Post what is due now, claim no more, end all waits, and after `seconds` break off what is still being posted.
+
+        Does not block.
+        """
         if self._leave_at is None:
             self._leave_at = time.monotonic() + seconds
         self._stop.set()
@@ -140,11 +143,11 @@ class Delivery:
     def close(self, seconds: float = LEAVE_SECONDS) -> None:
         """Stop, and return once nothing is being posted any more; what is broken off or unsent stays in the outbox."""
         self.stop(seconds)
+        if self._thread.ident is not None:
+            self._thread.join(seconds + RECORD_SECONDS)  # the database may hang
         self._leave()
         if not self._is_idle(RECORD_SECONDS):
             log.warning("callbacks_abandoned", number=self._posting.total())  # their holds lapse
-        if self._thread.ident is not None:
-            self._thread.join(RECORD_SECONDS)  # the database may hang
 
     def deliver(self, job_id: uuid.UUID) -> None:
         """Post this job's callback in the caller's own thread, if it is due."""
@@ -178,15 +181,19 @@ class Delivery:
         while not self._stop.is_set():
             self._wake.clear()
             self._poke.cut_overdue()
-            try:
-                self._keep_up()
-                self._hand_out()
-            except StoreUnavailable as error:
-                log.debug("outbox_unreachable", reason=str(error))
-            except Exception:
-                log.exception("delivery_failed")  # this thread must outlive every fault
+            self._look()
             self._wake.wait(POLL_SECONDS)
+        self._look()  # a run that ended just now has left something
         self._leave()
+
+    def _look(self) -> None:
+        try:
+            self._keep_up()
+            self._hand_out()
+        except StoreUnavailable as error:
+            log.debug("outbox_unreachable", reason=str(error))
+        except Exception:
+            log.exception("delivery_failed")  # this thread must outlive every fault
 
     def _leave(self) -> None:
         assert self._leave_at is not None, "stop() comes before"
@@ -210,7 +217,7 @@ class Delivery:
     def _hand_out(self) -> None:
         for _ in range(SENDERS):  # and again at once, if one of them has ended meanwhile
             with self._changed:
-                if self._stop.is_set() or self._posting.total() >= SENDERS:
+                if self._posting.total() >= SENDERS:
                     return
                 busy = [address for address, number in self._posting.items() if number >= PER_RECEIVER]
             channels = [channel for channel in self._poke.channels if channel not in busy]
@@ -230,9 +237,8 @@ class Delivery:
     def _send(self, callback: Callback) -> None:
         try:
             self._attempt(callback)
-        except StoreUnavailable as error:
-            # The row's hold lapses and it is sent again: delivered at least once.
-            log.warning("callback_not_recorded", request_id=str(callback.job_id), reason=str(error))
+        except StoreUnavailable:
+            log.warning("callback_given_up", request_id=str(callback.job_id))  # sent again when its hold lapses
         except Exception:
             log.exception("callback_failed", request_id=str(callback.job_id))
         finally:
@@ -256,26 +262,28 @@ class Delivery:
             error=receipt.error,
             ms=round(1000 * seconds),
         )
-        self._record(callback, receipt, callback.age_seconds + seconds)
+        while True:
+            try:
+                return self._record(callback, receipt, callback.age_seconds + seconds)
+            except StoreUnavailable as error:
+                # Unrecorded, it would be sent again once its hold lapses.
+                log.warning("callback_not_recorded", request_id=str(callback.job_id), reason=str(error))
+                if self._stop.wait(POLL_SECONDS):
+                    raise
 
     def _record(self, callback: Callback, receipt: Receipt, age_seconds: float) -> None:
         if receipt.delivered:
             self._callbacks.delivered(callback, receipt.status)
             return
+        channel, tries, channels = callback.channel, callback.tries, self._poke.channels
         then = next_try(
-            receipt,
-            channel=callback.channel,
-            tries=callback.tries,
-            age_seconds=age_seconds,
-            channels=self._poke.channels,
-            jitter=_jitter(),
+            receipt, channel=channel, tries=tries, age_seconds=age_seconds, channels=channels, jitter=_jitter()
         )
         if then is None:
             self._callbacks.dead(callback, receipt.status, receipt.error)
-            return
-        self._callbacks.retry(
-            callback, receipt.status, receipt.error, wait_seconds=then.wait_seconds, channel=then.channel
-        )
+        else:
+            wait = then.wait_seconds
+            self._callbacks.retry(callback, receipt.status, receipt.error, wait_seconds=wait, channel=then.channel)
 
     def _send_counted(self, message: Message) -> Receipt:
         self._begin(_address(message))

@@ -58,7 +58,10 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "·")
+
+
 def one_line(text: str, limit: int = 200) -> str:
-    """`text` on one line, cut to `limit` characters, for logs and timelines."""
-    flat = " ".join(text.split())
+    """`text` on one line, cut to `limit` characters and without what a terminal would obey, for logs and timelines."""
+    flat = " ".join(text.split()).translate(_CONTROLS)
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"

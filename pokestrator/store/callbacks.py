@@ -17,7 +17,7 @@ from pokestrator.jobs import CallbackState, CallbackTarget, Channel
 from pokestrator.store.pool import ConnectionSource
 from pokestrator.store.rows import storable, write_event
 
-HOLD_SECONDS = 60  # longer than one POST takes
+HOLD_SECONDS = 90  # a POST takes 45 at most, and what came of it is still to be written after an outage of half that
 UNSENDABLE_HOURS = 76  # as long as tries last
 
 # ARRAY(…) has the subquery run once; with IN the planner may run it for each row, and the limit is not kept.
@@ -46,9 +46,11 @@ UPDATE callbacks SET state = 'dead', ended_at = now(), lease_until = NULL, last_
     last_error = %(error)s
 WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
 
+# The job may have been given a new address meanwhile; that one stays.
 RETRY = """
 UPDATE callbacks SET lease_until = NULL, next_attempt_at = now() + make_interval(secs => %(wait)s),
-    channel = %(channel)s, last_status = %(status)s, last_error = %(error)s
+    channel = CASE WHEN channel = %(was)s THEN %(channel)s ELSE channel END,
+    last_status = %(status)s, last_error = %(error)s
 WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
 
 # The longest waits, with some to spare: none before the first try, an hour after the next ones (if the receiver asks
@@ -170,7 +172,13 @@ class Callbacks:
     ) -> None:
         """Try again after `wait_seconds`, on `channel`."""
         event = ("callback failed", f"{error}; next try in {wait_seconds:.0f} s")
-        values = {"status": status, "error": storable(error), "wait": wait_seconds, "channel": channel}
+        values = {
+            "status": status,
+            "error": storable(error),
+            "wait": wait_seconds,
+            "was": callback.channel,
+            "channel": channel,
+        }
         self._write(RETRY, callback, event=event, **values)
 
     def _write(self, sql: str, callback: Callback, *, event: tuple[str, str], **values: object) -> None:

@@ -49,7 +49,7 @@ WITH job AS (
     UPDATE jobs SET channel = 'callback', callback_url = %(url)s, callback_token = %(token)s WHERE id = %(id)s
     RETURNING id
 )
-UPDATE callbacks SET channel = 'callback', next_attempt_at = now()
+UPDATE callbacks SET channel = 'callback', next_attempt_at = now(), begun_at = now(), attempts_before = attempts
 FROM job WHERE job_id = job.id AND state = 'pending'"""
 
 # A claim makes the run's owner, its lease and its fence in one step; rows that others are claiming are passed over.

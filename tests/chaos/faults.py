@@ -150,11 +150,12 @@ def _breaks(line: Callable[[Stand, Instance], Proxy], mode: Callable[[], Mode]) 
 
 def _resets(line: Callable[[Stand, Instance], Proxy]) -> Inflict:
     def inflict(stand: Stand, instance: Instance, seconds: float, fault: Fault) -> None:
-        """Whatever is open, each tenth of a second."""
+        """Whatever is open, each half second; the line is slow, so that there is something in mid-air."""
         ended = 0
-        for _ in range(max(int(seconds * 10), 1)):
-            ended += line(stand, instance).reset()
-            _pause(0.1)
+        with line(stand, instance).broken(Mode("delay", seconds=0.2)):
+            for _ in range(max(int(seconds * 2), 1)):
+                _pause(0.5)
+                ended += line(stand, instance).reset()
         fault.detail = f"{ended} connections"
 
     return inflict
