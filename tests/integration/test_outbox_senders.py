@@ -21,6 +21,7 @@ from pokestrator.store.pool import Database
 from tests.integration.flow import POKE_KEY, TOKEN, callback_row, captured_logs, contents, eventually, rows
 from tests.integration.outbox import delivering, finished, make_due, reaches
 
+FAR = 1_000.0  # seconds: what polls this seldom acts only when it is woken
 SLOW = {"delay": 30}
 
 
@@ -150,12 +151,17 @@ def test_leaving_breaks_a_slow_receiver_off_and_another_instance_sends_it_again(
     assert first.headers["idempotency-key"] == second.headers["idempotency-key"] == str(row["id"])
 
 
-def test_after_leaving_nothing_is_claimed(jobs: Jobs, database: Database, database_url: str, inbox: Inbox) -> None:
+def test_what_is_due_when_it_leaves_is_still_posted(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery_module, "POLL_SECONDS", FAR)
     with delivering(database, inbox) as delivery:
+        left = finished(jobs)  # a drain ends its last run, and tells nobody
         delivery.stop()
-        left = finished(jobs)
-        delivery.wake()
-    assert callback_row(database_url, left)["attempts"] == 0
+    assert callback_row(database_url, left)["state"] == "delivered"
+    late = finished(jobs)
+    delivery.wake()
+    assert callback_row(database_url, late)["attempts"] == 0
 
 
 def test_a_delivery_that_was_never_started_can_be_closed(database: Database, inbox: Inbox) -> None:

@@ -1,0 +1,217 @@
+"""A Hypothesis state machine drives the real store through its transitions and compares it with a model at each step.
+
+STORE_MACHINE_EXAMPLES=1000 makes a long run of it, with other examples each time.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from psycopg.rows import dict_row
+
+from pokestrator.jobs import CANCELLED, RAN_AGAIN, Channel
+from pokestrator.store.callbacks import Callback, Callbacks
+from pokestrator.store.jobs import MAX_INTERRUPTIONS
+from pokestrator.store.pool import Database
+from pokestrator.store.subagents import Subagents
+from pokestrator.subagents import Subagent
+from tests.integration.flow import poet
+from tests.integration.store_machine import JobsMachine, has_jobs, jobs_of, one_of
+from tests.integration.store_model import Model, ModelJob
+
+EXAMPLES = int(os.environ.get("STORE_MACHINE_EXAMPLES", "0"))
+SETTINGS = settings(
+    max_examples=EXAMPLES or 40,
+    derandomize=not EXAMPLES,
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+KEPT_DAYS = 30
+CHANNELS = (Channel.CALLBACK, Channel.API_MESSAGE)
+COLUMNS = ("state", "claim_seq", "owner", "cancel_requested", "interruptions", "api_retries", "runs", "result")
+FINAL = ("succeeded", "failed", "cancelled")
+SEEN = """
+SELECT jobs.*, sent.state AS sent_state, sent.channel AS sent_channel, sent.attempts, sent.content,
+    (SELECT count(*) FROM callbacks WHERE job_id = jobs.id) AS callbacks,
+    ARRAY(SELECT kind FROM job_events WHERE job_id = jobs.id) AS events
+FROM jobs LEFT JOIN callbacks AS sent ON sent.job_id = jobs.id"""
+
+# What the examples must have come through, or they show less than they seem to.
+REACHED = {
+    "cancelled too late",
+    "cancelled while queued",
+    "cancelled, then interrupted",
+    "cancelled, then queued again",
+    "dead letter",
+    "delivered",
+    "duplicate",
+    "given up",
+    "late owner",
+    "late sender",
+    "readdressed in the outbox",
+    "removed",
+    "replayed",
+    "said that it ran again",
+    "same id",
+}
+
+
+def sent_of(machine: StoreMachine) -> list[Callback]:
+    return [*[each for each in machine.sent if machine.model.sender_owns(each)], *machine.sent]
+
+
+def ended_of(machine: StoreMachine) -> list[ModelJob]:
+    return [job for job in jobs_of(machine) if job.is_ended]
+
+
+has_sent = precondition(lambda machine: machine.sent)
+has_ended = precondition(ended_of)
+
+
+class StoreMachine(JobsMachine):
+    def __init__(self, database: Database, outside: psycopg.Connection[Any], subagent: Subagent, model: Model) -> None:
+        super().__init__(database, outside, subagent, model)
+        self.callbacks = Callbacks(database)
+        self.sent: list[Callback] = []  # every attempt that was ever handed out
+        self.before: dict[uuid.UUID, dict[str, Any]] = {}  # what the last look found
+
+    # the outbox --------------------------------------------------------------------------------------------------
+
+    @rule(channels=st.sampled_from([CHANNELS, CHANNELS, CHANNELS[1:]]), limit=st.integers(1, 3))
+    def claim_callbacks(self, channels: Sequence[Channel], limit: int) -> None:
+        wanted = {job.id: job for job in self.model.sendable(channels)}
+        claimed = self.callbacks.claim_due(channels, limit)
+        assert len(claimed) == min(limit, len(wanted))
+        for each in claimed:
+            sent = wanted[each.job_id].callback
+            assert sent is not None
+            sent.attempts, sent.is_held = sent.attempts + 1, True
+            assert (each.attempt, each.channel, each.content) == (sent.attempts, sent.channel, sent.content)
+            if each.channel is Channel.CALLBACK:
+                assert each.target is not None
+                assert each.target.url == wanted[each.job_id].callback_url  # the newest
+        self.sent.extend(claimed)
+
+    @has_sent
+    @rule(claimed=one_of(sent_of), is_delivered=st.booleans())
+    def end_sending(self, claimed: Callback, is_delivered: bool) -> None:
+        if is_delivered:
+            self.callbacks.delivered(claimed, 200)
+        else:
+            self.callbacks.dead(claimed, 400, "HTTP 400")
+        sent = self.model.sender_owns(claimed)
+        if sent is not None:
+            sent.state, sent.is_held, sent.is_old = "delivered" if is_delivered else "dead", False, False
+        self.model.reached["late sender" if sent is None else "delivered" if is_delivered else "dead letter"] += 1
+
+    @has_sent
+    @rule(claimed=one_of(sent_of), wait=st.sampled_from([0, 60]), channel=st.sampled_from([None, Channel.API_MESSAGE]))
+    def send_again_later(self, claimed: Callback, wait: int, channel: Channel | None) -> None:
+        channel = channel or claimed.channel
+        self.callbacks.retry(claimed, 503, "HTTP 503", wait_seconds=wait, channel=channel)
+        sent = self.model.sender_owns(claimed)
+        if sent is not None:
+            sent.is_held, sent.is_due, sent.channel = False, wait == 0, channel
+
+    @precondition(lambda self: any(job.callback and job.callback.is_held for job in jobs_of(self)))
+    @rule()
+    def let_senders_vanish(self) -> None:
+        self.change("UPDATE callbacks SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
+        for job in ended_of(self):
+            if job.callback is not None:
+                job.callback.is_held = False
+
+    @has_jobs
+    @rule(job=one_of(jobs_of))
+    def replay(self, job: ModelJob) -> None:
+        sent = job.callback
+        assert self.callbacks.replay(job.id) == (sent.state if sent else None)
+        if sent is not None and sent.state == "dead":
+            sent.state, sent.is_due, sent.is_old = "pending", True, False
+            self.model.reached["replayed"] += 1
+
+    # retention ---------------------------------------------------------------------------------------------------
+
+    @has_ended
+    @rule(job=one_of(ended_of))
+    def let_days_pass_since_its_end(self, job: ModelJob) -> None:
+        self.change("UPDATE jobs SET finished_at = finished_at - interval '40 days' WHERE id = %s", job)
+        self.change("UPDATE callbacks SET ended_at = ended_at - interval '40 days' WHERE job_id = %s", job)
+        job.is_old = True
+        if job.callback is not None:
+            job.callback.is_old = job.callback.state != "pending"
+
+    @rule(limit=st.sampled_from([1, 100]))
+    def remove_old(self, limit: int) -> None:
+        removable = [job.id for job in jobs_of(self) if job.is_removable]
+        assert self.recovery.remove_old(KEPT_DAYS, limit) == min(limit, len(removable))
+        left = self._look().keys()
+        for job_id in set(removable) - left:
+            del self.model.jobs[job_id]
+            del self.before[job_id]
+            self.model.reached["removed"] += 1
+
+    # what must hold after every step -----------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_else_has_changed(self) -> None:
+        seen = self._look()
+        assert seen.keys() == self.model.jobs.keys(), "what was accepted exists"
+        for job in jobs_of(self):
+            row, sent = seen[job.id], job.callback
+            assert {name: row[name] for name in COLUMNS} == {name: getattr(job, name) for name in COLUMNS}
+            assert (row["channel"], row["callback_url"]) == (job.channel, job.callback_url)
+            assert (row["sent_state"], row["sent_channel"], row["attempts"], row["content"]) == (
+                (sent.state, sent.channel, sent.attempts, sent.content) if sent else (None, None, None, None)
+            )
+
+    @invariant()
+    def the_promises_are_kept(self) -> None:
+        seen = self._look()
+        for job_id, row in seen.items():
+            is_ended = row["state"] in FINAL
+            assert (row["state"] == "running") == (row["owner"] is not None) == (row["lease_until"] is not None)
+            assert row["callbacks"] == (1 if is_ended and row["channel"] != "none" else 0)
+            assert row["interruptions"] <= MAX_INTERRUPTIONS
+            assert is_ended or row["interruptions"] < MAX_INTERRUPTIONS
+            assert (row["state"] == "cancelled") == (row["result"] == CANCELLED)
+            if row["state"] in ("succeeded", "failed"):
+                assert row["result"].endswith(RAN_AGAIN) == (row["runs"] > 1)
+            for kind, times in {"accepted": 1, "claimed": row["claim_seq"], "finished": int(is_ended)}.items():
+                assert row["events"].count(kind) == times, kind
+            if (before := self.before.get(job_id)) is not None:
+                assert row["claim_seq"] >= before["claim_seq"]
+                assert not before["cancel_requested"] or row["claim_seq"] == before["claim_seq"], "it ran once more"
+                if before["state"] in FINAL:
+                    assert [row[name] for name in COLUMNS] == [before[name] for name in COLUMNS]
+        assert self.before.keys() <= seen.keys()
+        assert len({(claim.id, claim.claim_seq) for claim in self.claims}) == len(self.claims), "one fence, two owners"
+        self.before = seen
+
+    def _look(self) -> dict[uuid.UUID, dict[str, Any]]:
+        return {row["id"]: row for row in self.outside.execute(SEEN)}
+
+
+def test_the_store_does_what_its_model_does_whatever_comes_in_whatever_order(
+    database: Database, database_url: str
+) -> None:
+    subagent = Subagents(database).adopt(poet())
+    model = Model()
+
+    def machine() -> StoreMachine:
+        model.jobs.clear()
+        return StoreMachine(database, outside, subagent, model)
+
+    with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as outside:
+        run_state_machine_as_test(machine, settings=SETTINGS)
+    assert set(model.reached) == REACHED, model.reached
