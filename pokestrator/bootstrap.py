@@ -134,7 +134,9 @@ class Application:
         self.dispatcher.close()
         self.claude.close()
         self.delivery.close()
-        self.liveness.withdraw()
+        # While the database is away, a claim of ours may be written there that we never heard of.
+        unsure = self.dispatcher.leaves_runs or self.dispatcher.database_error is not None
+        self.liveness.withdraw(leaves_runs=unsure)
         for line in self.lines:
             line.close()
         self.database.close()

@@ -90,6 +90,7 @@ class Dispatcher:
             threading.Thread(target=self._forever, args=(self._listen,), name="listen", daemon=True),
         ]
         self.database_error: str | None = "not connected yet"
+        self.leaves_runs = False  # the rows of some runs could not be given back
 
     # boot ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ class Dispatcher:
             released = self._claims.release(jobs, within=RELEASE_SECONDS)
             log.info("released", request_ids=[str(job_id) for job_id in released])
         except StoreUnavailable as error:
-            log.warning("release_failed", reason=str(error))  # their leases run out instead
+            log.warning("release_failed", reason=str(error))  # others take them from us, as from the dead
+            self.leaves_runs = True
 
     def _held(self) -> list[Job]:
         with self._lock:

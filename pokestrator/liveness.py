@@ -76,11 +76,14 @@ class Liveness:
             with suppress(OSError), self._opened() as folder:
                 _forget_if(folder, owner, lambda _file: True)
 
-    def withdraw(self) -> None:
-        """Leave in order: what this process has declared is gone, neither alive nor dead."""
+    def withdraw(self, *, leaves_runs: bool = False) -> None:
+        """Leave in order: what this process has declared is gone, neither alive nor dead.
+
+        `leaves_runs`: it could not give back all it owned. Then it counts as dead, so that others take them at once.
+        """
         for owner, file in self._held.items():
             with suppress(OSError), self._opened() as folder:
-                if _is_named(folder, owner, file):
+                if not leaves_runs and _is_named(folder, owner, file):
                     os.unlink(owner, dir_fd=folder)  # before its release: nobody may see it without its lock
             os.close(file)
         self._held.clear()

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pokestrator.claude import processes
 from pokestrator.claude.calls import Call, Calls, OnEvent
-from pokestrator.claude.folders import run_folder
+from pokestrator.claude.folders import remove_abandoned, run_folder
 from pokestrator.claude.outcomes import failure
 from pokestrator.claude.slot_process import SlotProcess
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
@@ -45,6 +45,7 @@ class Slots:
     def start(self) -> None:
         """Start all slots' processes; they warm up on their own. Makes this process a child subreaper."""
         processes.become_subreaper()
+        remove_abandoned()
         for each in self._slots:
             each.start()
 

@@ -72,8 +72,9 @@ FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]) AS mine (id, claim_seq)
 WHERE jobs.id = mine.id AND jobs.claim_seq = mine.claim_seq AND state = 'running'
 RETURNING jobs.id"""
 
+# What comes back is not younger than before: it keeps its place in the queue.
 RELEASE = """
-UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now()
+UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = least(created_at, now())
 FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]) AS mine (id, claim_seq)
 WHERE jobs.id = mine.id AND jobs.claim_seq = mine.claim_seq AND state = 'running'
 RETURNING jobs.id"""
@@ -85,7 +86,8 @@ FOR UPDATE"""
 
 # Only for a row that is held.
 REQUEUE = """
-UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now() + make_interval(secs => %(wait)s),
+UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL,
+    run_at = CASE WHEN %(wait)s > 0 THEN now() + make_interval(secs => %(wait)s) ELSE least(created_at, now()) END,
     interruptions = interruptions + %(interruptions)s, api_retries = api_retries + %(api_retries)s,
     cost_usd = cost_usd + %(cost_usd)s, input_tokens = input_tokens + %(input_tokens)s,
     output_tokens = output_tokens + %(output_tokens)s, turns = turns + %(turns)s

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from psycopg.rows import DictRow
 
-from pokestrator.jobs import CANCELLED, Channel, Job, JobState, Outcome
+from pokestrator.jobs import CANCELLED, Channel, Job, JobState, Outcome, ending
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.store.jobs import MAX_INTERRUPTIONS
 from pokestrator.store.pool import Connection, ConnectionSource
@@ -21,18 +21,18 @@ from pokestrator.store.rows import end_job, wake_all, write_event
 EXPIRED = "lease_until < now() OR lease_until > now() + interval '2 hours'"
 
 ORPHANS = f"""
-SELECT id, channel, interruptions, cancel_requested FROM jobs
+SELECT id, channel, interruptions, cancel_requested, runs FROM jobs
 WHERE state = 'running' AND NOT id = ANY (%(held)s) AND (owner = ANY (%(dead)s) OR (%(expired)s AND ({EXPIRED})))
 ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED"""
 
 REQUEUE = """
-UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now(),
+UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = least(created_at, now()),
     interruptions = interruptions + 1
 WHERE id = %s"""
 
 # A claim whose COMMIT was answered to nobody: its owner does not know of it.
 RELEASE_UNKNOWN = """
-UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = now()
+UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = least(created_at, now())
 WHERE state = 'running' AND owner = %(owner)s AND NOT id = ANY (%(held)s)
 RETURNING id"""
 
@@ -124,14 +124,13 @@ class Recovery:
 
 def _requeue(connection: Connection, row: DictRow) -> bool:
     """Whether an orphan was queued again; else it was ended."""
-    if row["cancel_requested"]:
-        end_job(connection, row["id"], Outcome(JobState.CANCELLED, CANCELLED), interruptions=1)
-        return False
-    if row["channel"] == Channel.NONE or row["interruptions"] + 1 >= MAX_INTERRUPTIONS:
+    of_terminal = row["channel"] == Channel.NONE
+    if row["cancel_requested"] or of_terminal or row["interruptions"] + 1 >= MAX_INTERRUPTIONS:
         kind = ErrorKind.INTERRUPTED
-        of_terminal = row["channel"] == Channel.NONE
         detail = "the terminal that asked for it is gone" if of_terminal else "its run was interrupted too often"
-        end_job(connection, row["id"], Outcome(JobState.FAILED, sentence(kind), kind, detail), interruptions=1)
+        outcome = Outcome(JobState.FAILED, sentence(kind), kind, detail)
+        final = ending(outcome, cancel_requested=row["cancel_requested"], runs=row["runs"])
+        end_job(connection, row["id"], final, interruptions=1)
         return False
     connection.execute(REQUEUE, [row["id"]])
     write_event(connection, row["id"], "interrupted", "its owner is gone; it will run again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
@@ -23,7 +24,11 @@ CLOSE_SECONDS = 7
 
 
 class Worker(ThreadWorker):
-    """gthread, told apart by when it stops claiming jobs: at the signal, not after its HTTP connections have ended."""
+    """gthread, told apart by how it leaves.
+
+    It stops claiming jobs at the signal, not after its HTTP connections have ended. It answers whoever has connected by
+    then, and refuses whoever comes later: they are free to try another instance.
+    """
 
     def init_process(self) -> None:
         # This process's own copy: how long run() waits for open requests after SIGTERM.
@@ -39,6 +44,31 @@ class Worker(ThreadWorker):
         if application := application_of(self):
             application.request_drain(at_once=True)
         super().handle_quit(sig, frame)  # type: ignore[no-untyped-call]
+
+    def is_parent_alive(self) -> bool:
+        """Called about once a second. False ends run(), as SIGTERM does."""
+        if super().is_parent_alive():  # type: ignore[no-untyped-call]
+            return True
+        if application := application_of(self):
+            application.request_drain()
+        self.alive = False
+        return False
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Also called when run() begins to leave."""
+        super().set_accept_enabled(enabled)  # type: ignore[no-untyped-call]
+        if not enabled and not self.alive:
+            self._leave_door()
+
+    def _leave_door(self) -> None:
+        # gthread itself keeps its listeners while open requests end: the kernel would go on taking connections, and
+        # reset all of them, earlier ones too that were not accepted yet, when it lets go.
+        for listener in self.sockets:
+            waiting = select.poll()
+            waiting.register(listener, select.POLLIN)
+            while self.nr_conns < self.worker_connections and waiting.poll(0):
+                self.accept(listener)  # type: ignore[no-untyped-call]
+            listener.close()
 
 
 class Logger:

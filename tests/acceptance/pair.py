@@ -1,4 +1,4 @@
-"""Two instances of the service on one database and one data folder, scripted tasks for them, and what became of each."""
+"""Two instances of the service on one database and one data folder, tasks for them, and what became of each."""
 
 from __future__ import annotations
 

@@ -1,11 +1,15 @@
-"""Which processes a test left behind, looked up in /proc."""
+"""Processes and connections, looked up in /proc: what a test has left behind, and what state it is in."""
 
 from __future__ import annotations
 
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+LISTENS = "0A"  # in /proc/net/tcp
 
 
 def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
@@ -57,3 +61,31 @@ def sockets(pid: int) -> int:
 
 def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has been sent a signal that it has not taken yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    [pending] = [int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd")]
+    return bool(pending & 1 << (number - 1))
+
+
+def backlog(port: int) -> int:
+    """Connections to a loopback port that the kernel has taken for its listener, and the listener has not."""
+    return sum(queued for local, _, state, queued in _loopback_sockets() if (local, state) == (port, LISTENS))
+
+
+def is_read(client: socket.socket) -> bool:
+    """Whether the other end, on loopback, has read all that was sent on a connection."""
+    ports = client.getpeername()[1], client.getsockname()[1]
+    return any((local, remote, queued) == (*ports, 0) for local, remote, _, queued in _loopback_sockets())
+
+
+def _loopback_sockets() -> list[tuple[int, int, str, int]]:
+    """Local port, remote port, state, and what waits to be received, of each TCP socket on 127.0.0.1."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        (int(row[1][9:], 16), int(row[2][9:], 16), row[3], int(row[4].split(":")[1], 16))
+        for row in rows
+        if row[1].startswith("0100007F:")
+    ]

@@ -12,7 +12,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,8 +22,8 @@ from pokestrator.jobs import RAN_AGAIN
 from pokestrator.store.embedded import EmbeddedPostgres
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.acceptance.pair import DRAIN_SECONDS, HANGS_ONCE, KEY, TASK, Pair, call, pair_on, posts, scripted
-from tests.acceptance.processes import eventually, living
+from tests.acceptance.pair import DRAIN_SECONDS, HANGS_ONCE, TASK, Answer, Pair, call, pair_on, posts, scripted
+from tests.acceptance.processes import backlog, eventually, is_pending, is_read, living
 from tests.chaos.instance import Instance
 from tests.integration.flow import rows
 
@@ -34,6 +33,7 @@ GRACEFUL_TIMEOUT = DRAIN_SECONDS + 10  # gunicorn.conf.py; at its end the master
 TASKS = 60
 MOST_TASKS = 150
 SENDERS = 6
+PAUSE_SECONDS = 0.33  # between two tasks
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,9 @@ def pair(pair_of_module: Pair) -> Pair:
     return pair_of_module
 
 
-@contextmanager
-def connection(instance: Instance) -> Iterator[socket.socket]:
+def connect(instance: Instance) -> socket.socket:
     parts = urlsplit(instance.url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=20) as opened:
-        yield opened
+    return socket.create_connection((parts.hostname, parts.port), timeout=20)
 
 
 def send_past_the_door(pair: Pair) -> uuid.UUID:
@@ -70,17 +68,17 @@ def test_sigterm_lets_a_run_end_hands_another_over_and_leaves_no_process(pair: P
         pair.a, [{"delay": 2, "text": "The payouts are in."}], [HANGS_ONCE, {"text": "The balance is in."}]
     )
     leaving = pair.a.worker()
-    with connection(pair.a) as slow:
+    with connect(pair.a) as slow:
         slow.sendall(b"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1\r\n")  # and never any more
-        assert eventually(lambda: is_being_read(slow))
+        assert eventually(lambda: is_read(slow))  # by a thread that now waits for the rest
         with pair.held_back(pair.b):
             pair.a.service.terminate()
             told = time.time()
-            waits = [send_past_the_door(pair) for _ in range(2)]  # nobody but A could claim these, and it has a free slot
+            waits = [send_past_the_door(pair) for _ in range(2)]  # A will have a free slot, and nobody else is awake
             assert eventually(lambda: posts(pair.inbox, ends), 10), pair.story(ends)
             threading.Event().wait(max(0.0, told + 3 - time.time()))
-        with pytest.raises(ConnectionRefusedError), connection(pair.a):
-            """Who comes now must be free to go elsewhere at once."""
+        with pytest.raises(ConnectionRefusedError):  # who comes now must be free to go elsewhere at once
+            connect(pair.a)
         assert eventually(lambda: not living(pair.marker(pair.a)), GRACEFUL_TIMEOUT + 5), living(pair.marker(pair.a))
         gone = time.time()
     assert gone - told < GRACEFUL_TIMEOUT
@@ -93,31 +91,22 @@ def test_sigterm_lets_a_run_end_hands_another_over_and_leaves_no_process(pair: P
     assert pair.delivered(hangs) == f"The balance is in.\n\n{RAN_AGAIN}"
     [released] = pair.events(hangs, "released")
     _, taken = pair.events(hangs, "claimed")
-    assert DRAIN_SECONDS <= released["at"] - told
+    assert released["at"] - told >= DRAIN_SECONDS
     assert taken["at"] - released["at"] < HANDED_OVER_SECONDS
     assert (pair.row(hangs)["runs"], pair.row(hangs)["interruptions"]) == (2, 0)
     for each in waits:
         pair.delivered(each)
 
 
-def is_being_read(client: socket.socket) -> bool:
-    """Whether the service has taken everything that was sent on this connection."""
-    own = "%02X%02X%02X%02X:%04X" % (1, 0, 0, 127, client.getpeername()[1])
-    mine = "%02X%02X%02X%02X:%04X" % (1, 0, 0, 127, client.getsockname()[1])
-    with open("/proc/net/tcp", encoding="ascii") as table:
-        lines = [line.split() for line in table]
-    return any(line[1] == own and line[2] == mine and line[4].endswith(":00000000") for line in lines)
-
-
 def test_what_waits_in_the_backlog_at_sigterm_is_answered(pair: Pair) -> None:
-    worker = pair.a.worker()
-    assert worker is not None
+    worker, port = pair.a.worker(), urlsplit(pair.a.url).port
+    assert worker is not None and port is not None
     os.kill(worker, signal.SIGSTOP)  # so that it accepts none of them before the signal
     with ThreadPoolExecutor(8) as senders:
         calls = [senders.submit(call, pair.a.url, scripted()) for _ in range(8)]
-        assert eventually(lambda: backlog(pair.a) == 8), backlog(pair.a)
+        assert eventually(lambda: backlog(port) == 8), backlog(port)
         pair.a.service.terminate()
-        assert eventually(lambda: has_pending_sigterm(worker))
+        assert eventually(lambda: is_pending(worker, signal.SIGTERM))
         os.kill(worker, signal.SIGCONT)
         answers = [each.result() for each in calls]
     assert all(each.is_accepted for each in answers), answers
@@ -126,15 +115,51 @@ def test_what_waits_in_the_backlog_at_sigterm_is_answered(pair: Pair) -> None:
         pair.delivered(each.request_id, 60)
 
 
-def backlog(instance: Instance) -> int:
-    """Connections that the kernel has taken for the service, and the service has not."""
-    own = "%02X%02X%02X%02X:%04X" % (1, 0, 0, 127, urlsplit(instance.url).port or 0)
-    with open("/proc/net/tcp", encoding="ascii") as table:
-        lines = [line.split() for line in table]
-    return sum(int(line[4].split(":")[1], 16) for line in lines if line[1] == own and line[3] == "0A")
+def test_a_rolling_restart_under_load_fails_no_call_and_delivers_each_task_once(pair: Pair) -> None:
+    numbers, restarted, began = itertools.count(), threading.Event(), time.monotonic()
+
+    def send_steadily() -> list[Answer]:
+        answers = []
+        while (number := next(numbers)) < MOST_TASKS and not (number >= TASKS and restarted.is_set()):
+            threading.Event().wait(max(0.0, began + number * PAUSE_SECONDS - time.monotonic()))
+            answers.append(send_somewhere(pair, number))
+        return answers
+
+    with ThreadPoolExecutor(SENDERS) as senders:
+        sending = [senders.submit(send_steadily) for _ in range(SENDERS)]
+        try:
+            for instance in (pair.a, pair.b):
+                assert eventually(lambda instance=instance: took_tasks(instance), 30)  # type: ignore[misc]
+                assert instance.service.stop() == 0
+                pair.start(instance)
+                assert eventually(instance.healthy, 30), instance.log
+        finally:
+            restarted.set()
+        answers = [answer for each in sending for answer in each.result()]
+    assert len(answers) >= TASKS
+    assert [each for each in answers if not each.is_accepted or "durable" in each.fields] == []
+    wanted = {str(each.request_id) for each in answers}
+    assert len(wanted) == len(answers)
+    assert eventually(lambda: wanted <= came(pair).keys(), 120), wanted - came(pair).keys()
+    assert {request_id: times for request_id, times in came(pair).items() if times > 1} == {}
 
 
-def has_pending_sigterm(pid: int) -> bool:
-    with open(f"/proc/{pid}/status", encoding="ascii") as status:
-        [pending] = [int(line.split()[1], 16) for line in status if line.startswith("ShdPnd")]
-    return bool(pending & 1 << (signal.SIGTERM - 1))
+def took_tasks(instance: Instance) -> bool:
+    """Whether the instance, as it was started last, has accepted some tasks and is running one."""
+    return instance.service.log.count('"event": "accepted"') >= 3 and bool(instance.agents())
+
+
+def send_somewhere(pair: Pair, number: int) -> Answer:
+    """Hand a task to the first instance that takes the connection."""
+    for instance in (pair.a, pair.b) if number % 2 else (pair.b, pair.a):
+        try:
+            return call(instance.url, scripted())
+        except requests.ConnectionError as error:
+            if "Connection refused" not in str(error):
+                raise
+    raise AssertionError("nobody listens")
+
+
+def came(pair: Pair) -> Counter[str]:
+    """How many messages came about each job."""
+    return Counter(str(each.body.get("request_id")) for each in pair.inbox.received)

@@ -69,7 +69,7 @@ def test_a_job_of_a_killed_process_runs_again_within_seconds_and_its_result_says
     again = pair.ran_again(sent, 20)
     assert again - killed < NOTICED_HERE_SECONDS, pair.story(sent)
     assert_ran_twice_and_said_so(pair, sent, interruptions=1)
-    assert eventually(lambda: not [each for each in below if is_alive(each)]), [each for each in below if is_alive(each)]
+    assert eventually(lambda: not any(map(is_alive, below))), list(filter(is_alive, below))
 
 
 def logged(instance: Instance, event: str, request_id: uuid.UUID) -> bool:

@@ -33,7 +33,7 @@ class ModelJob:
     idempotency: Idempotency | None
     channel: str
     callback_url: str | None
-    queued_at: int  # a tick: jobs of one tick came to the queue in one transaction
+    run_at: float  # orders them as they came
     state: str = "queued"
     age_seconds: float = 0.0
     claim_seq: int = 0
@@ -63,7 +63,7 @@ class Model:
 
     jobs: dict[uuid.UUID, ModelJob] = field(default_factory=dict)
     reached: Counter[str] = field(default_factory=Counter)  # what has happened at all
-    tick: int = 0
+    accepted: int = 0
 
     # accept ------------------------------------------------------------------------------------------------------
 
@@ -76,8 +76,9 @@ class Model:
             return earlier.id
         if new.id not in self.jobs:
             url = new.callback.url if new.callback else None
-            serial, tick = len(self.jobs) + self.tick, self._next()
-            self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, tick)
+            self.accepted += 1
+            serial = self.accepted
+            self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, serial)
         return new.id
 
     def _earlier(self, wanted: Idempotency) -> ModelJob | None:
@@ -104,7 +105,7 @@ class Model:
     def claimable(self) -> list[ModelJob]:
         """Without those of terminals, oldest first."""
         waiting = [job for job in self.jobs.values() if self.may_run(job) and job.channel != "none"]
-        return sorted(waiting, key=lambda job: job.queued_at)
+        return sorted(waiting, key=lambda job: job.run_at)
 
     def may_run(self, job: ModelJob) -> bool:
         return job.state == "queued" and not job.cancel_requested
@@ -149,9 +150,10 @@ class Model:
         return {job.id for job in again}, set(last)
 
     def requeue(self, jobs: Sequence[ModelJob]) -> None:
-        tick = self._next()
+        """In its old place: by its age, as it is now."""
         for job in jobs:
-            job.state, job.owner, job.is_lapsed, job.queued_at = "queued", None, False, tick
+            job.state, job.owner, job.is_lapsed = "queued", None, False
+            job.run_at = job.serial - job.age_seconds * 1_000
 
     def running(self, owner: str | None = None) -> list[ModelJob]:
         return [job for job in self.jobs.values() if job.state == "running" and owner in (None, job.owner)]
@@ -178,10 +180,6 @@ class Model:
         job = self.jobs.get(claimed.job_id)
         sent = job.callback if job else None
         return sent if sent and (sent.state, sent.attempts) == ("pending", claimed.attempt) else None
-
-    def _next(self) -> int:
-        self.tick += 1
-        return self.tick
 
 
 def _newest(jobs: Iterable[ModelJob]) -> ModelJob | None:
