@@ -13,20 +13,20 @@ from pydantic import SecretStr
 from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import Delivery
-from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher, owner_name
+from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
-from pokestrator.liveness import Liveness
+from pokestrator.liveness import Liveness, owner_name
 from pokestrator.poke import Poke
 from pokestrator.running import Runner, RunPolicy
-from pokestrator.service import Service
+from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.settings import Settings
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.embedded import embedded_in
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.migrate import migrate
-from pokestrator.store.pool import Database, Line
+from pokestrator.store.pool import IDLE_SECONDS, Database, Line
 from pokestrator.store.recovery import Recovery
 from pokestrator.store.rows import WAKE_CHANNEL
 from pokestrator.store.subagents import Subagents
@@ -37,7 +37,7 @@ from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
-INLINE_LEASE_SECONDS = 3_600.0  # somebody may be stepping; nobody renews
+STEPPING_SECONDS = 3_600  # that somebody may stand at a breakpoint: inline, nobody renews a lease
 OWNERS_FOLDER = "owners"  # in the data folder: a lock for each process that owns runs
 
 
@@ -119,7 +119,7 @@ class Application:
 
     def run_inline(self, job_id: uuid.UUID) -> None:
         """Run an accepted job in this thread, callback included."""
-        self.service.run_now(job_id, self.owner, INLINE_LEASE_SECONDS)
+        self.service.run_now(job_id, self.owner, float(STEPPING_SECONDS))
 
     def degraded_because(self) -> str | None:
         """Why the service is not whole, or None."""
@@ -155,15 +155,28 @@ def build(
 ) -> Application:
     """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged."""
     templates = _templates(templates_folder)
-    database = Database(url, min_size=settings.db_pool_min_size, max_size=settings.db_pool_max_size)
+    database = Database(
+        url,
+        min_size=settings.db_pool_min_size,
+        max_size=settings.db_pool_max_size,
+        idle_seconds=STEPPING_SECONDS if settings.inline else IDLE_SECONDS,
+    )
     jobs, history, subagents = Jobs(database), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database), make_poke(settings))
     stopping = threading.Event()
     policy = RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build)
-    runner = Runner(jobs=jobs, history=history, subagents=subagents, templates=templates, claude=runs, policy=policy)
-    service = Service(jobs=jobs, history=history, runner=runner, claude=runs, delivery=delivery, stopping=stopping)
+    runner = Runner(jobs=jobs, subagents=subagents, templates=templates, claude=runs, policy=policy)
+    service = Service(
+        jobs=jobs,
+        history=history,
+        runner=runner,
+        claude=runs,
+        delivery=delivery,
+        stopping=stopping,
+        accept_seconds=None if settings.inline else ACCEPT_SECONDS,
+    )
 
     def abort_runs() -> None:
         stopping.set()

@@ -7,9 +7,6 @@ Wake-ups only save time; the poll guarantees.
 
 from __future__ import annotations
 
-import os
-import re
-import socket
 import threading
 import time
 import uuid
@@ -29,12 +26,6 @@ LEASE_SECONDS = 20.0
 HEARTBEAT_SECONDS = 5.0
 POLL_SECONDS = 1.0
 RELEASE_SECONDS = 3.0  # a leaving instance has no time for a database that does not answer
-
-
-def owner_name() -> str:
-    """Names this process in the rows that it owns."""
-    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).strip("-.") or "host"  # it becomes a file's name
-    return f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 class Dispatcher:
@@ -81,6 +72,7 @@ class Dispatcher:
         self._running: dict[tuple[uuid.UUID, int], Job] = {}
         self._from_memory = 0
         self._draining = False
+        self._drain_from = 0.0  # when it was asked for
         self._prepared = False
         self._lost_at: float | None = None  # when the database was first found away
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="job")
@@ -89,6 +81,7 @@ class Dispatcher:
             threading.Thread(target=self._forever, args=(self._heartbeat,), name="heartbeat", daemon=True),
             threading.Thread(target=self._forever, args=(self._listen,), name="listen", daemon=True),
         ]
+        self._reviver = threading.Thread()  # one that never ran
         self.database_error: str | None = "not connected yet"
         self.leaves_runs = False  # the rows of some runs could not be given back
 
@@ -110,7 +103,18 @@ class Dispatcher:
             if self._draining or len(self._running) + self._from_memory >= self._concurrency:
                 return False
             self._from_memory += 1
-        self._executor.submit(self._do_from_memory, work)
+        if self._submit(self._do_from_memory, work):
+            return True
+        with self._lock:
+            self._from_memory -= 1
+        return False
+
+    def _submit(self, work: Callable[..., None], *arguments: object) -> bool:
+        try:
+            self._executor.submit(work, *arguments)
+        except RuntimeError as error:  # the machine has no thread left for us
+            log.error("no_thread", reason=str(error))
+            return False
         return True
 
     # drain -----------------------------------------------------------------------------------------------------
@@ -119,6 +123,8 @@ class Dispatcher:
         """Claim no more; `at_once` grants running jobs no time. Safe in a signal handler: it only sets flags."""
         if at_once:
             self._drain_seconds = 0.0
+        if not self._draining:
+            self._drain_from = time.monotonic()
         self._draining = True
 
     def close(self) -> None:
@@ -132,32 +138,34 @@ class Dispatcher:
         self._executor.shutdown(wait=True)
 
     def _drain(self) -> None:
-        deadline = time.monotonic() + self._drain_seconds
         log.info("draining", running=len(self._running), seconds=self._drain_seconds)
-        while self._is_busy() and (left := deadline - time.monotonic()) > 0:
+        while self._is_busy() and (left := self._drain_from + self._drain_seconds - time.monotonic()) > 0:
             self._wake.clear()
-            self._cancel_while_draining()
+            self._cancel_while_draining(min(left, POLL_SECONDS))
             if self._is_busy():
                 self._wake.wait(min(left, POLL_SECONDS))
         left_over = self._held()
         self._stop.set()
-        self._abort_runs()  # first, so that no job runs here and elsewhere at once
+        try:
+            self._abort_runs()  # first, so that no job runs here and elsewhere at once
+        except Exception:
+            log.exception("abort_failed")
         if left_over:
             self._release(left_over)
 
-    def _cancel_while_draining(self) -> None:
+    def _cancel_while_draining(self, seconds: float) -> None:
         try:
-            self._cancel(self._held())
-        except StoreUnavailable as error:
-            log.debug("database_unreachable", thread="dispatch", reason=str(error))
+            self._cancel(self._held(), seconds)
+        except Exception:  # whatever it is, what is left has to be released
+            log.exception("cancel_failed")
 
     def _release(self, jobs: list[Job]) -> None:
         try:
             released = self._claims.release(jobs, within=RELEASE_SECONDS)
             log.info("released", request_ids=[str(job_id) for job_id in released])
-        except StoreUnavailable as error:
-            log.warning("release_failed", reason=str(error))  # others take them from us, as from the dead
-            self.leaves_runs = True
+        except Exception:
+            log.exception("release_failed")
+            self.leaves_runs = True  # others take them from us, as from the dead
 
     def _held(self) -> list[Job]:
         with self._lock:
@@ -180,8 +188,10 @@ class Dispatcher:
             except Exception as error:
                 log.exception("dispatch_failed")  # this thread must outlive every fault
                 self._lost_database(f"{type(error).__name__}")
-            if self.database_error is not None and not self._draining:
-                self._try_to_revive()
+            if self.database_error is not None and not self._draining and not self._reviver.is_alive():
+                # In a thread of its own: a start can take a minute, and a drain cannot.
+                self._reviver = threading.Thread(target=self._try_to_revive, name="revive", daemon=True)
+                self._reviver.start()
             self._wake.wait(POLL_SECONDS)
         self._drain()
 
@@ -222,14 +232,21 @@ class Dispatcher:
                 self._release(jobs)
             return
         for job in jobs:
-            with self._lock:
-                self._running[job.id, job.claim_seq] = job
-            self._executor.submit(self._run, job)
+            self._begin(job)
         held = self._held()
         if self.database_error is not None:
             self._recovered(held)
-        self._sweeper.work(held)
         self._cancel(held)
+        if not self._draining:
+            self._sweeper.work(held)
+
+    def _begin(self, job: Job) -> None:
+        with self._lock:
+            self._running[job.id, job.claim_seq] = job
+        if not self._submit(self._run, job):
+            with self._lock:
+                self._running.pop((job.id, job.claim_seq), None)
+            self._release([job])
 
     def _free(self) -> int:
         with self._lock:
@@ -242,8 +259,8 @@ class Dispatcher:
             log.info("database_back", seconds=round(away, 1))
         self.database_error = self._lost_at = None
 
-    def _cancel(self, held: list[Job]) -> None:
-        wanted = self._cancellations.to_cancel(self._owner) if held else ()
+    def _cancel(self, held: list[Job], within: float | None = None) -> None:
+        wanted = self._cancellations.to_cancel(self._owner, within) if held else ()
         for job in held:
             if job.id in wanted:
                 self._cancel_run(job.run_id)
@@ -281,15 +298,16 @@ class Dispatcher:
             self._stop.wait(POLL_SECONDS)
 
     def _heartbeat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while True:
             held = self._held()
-            if not held:
-                continue
-            kept = self._heartbeats.renew(held, LEASE_SECONDS)
+            kept = self._heartbeats.renew(held, LEASE_SECONDS) if held else set()
             for job in held:
-                if job.id not in kept and (job.id, job.claim_seq) in self._running:
+                claim = job.id, job.claim_seq
+                if claim not in kept and claim in self._running:
                     log.warning("lease_lost", request_id=str(job.id), reason="not renewed; its run is ended")
                     self._cancel_run(job.run_id)
+            if self._stop.wait(HEARTBEAT_SECONDS):
+                return
 
     def _listen(self) -> None:
         for _ in self._notifications(self._stop):

@@ -51,10 +51,12 @@ class StoreUnavailable(PokestratorError):
     """PostgreSQL cannot be reached, refused the connection, or did not answer in time.
 
     `maybe_committed`: COMMIT was sent, or may have been, and its answer did not come. False: certainly not committed.
+    `is_busy`: PostgreSQL is there, but something else held the row or the lock, or all of our connections.
     """
 
-    def __init__(self, reason: str, *, maybe_committed: bool = False) -> None:
+    def __init__(self, reason: str, *, maybe_committed: bool = False, is_busy: bool = False) -> None:
         self.maybe_committed = maybe_committed
+        self.is_busy = is_busy
         super().__init__(reason)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import socket
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,12 @@ KEEP_SECONDS = 600.0  # that a dead owner's file is kept, for those who ask late
 LOCK_SECONDS = 1.0  # others hold a living owner's lock for an instant, when it is just being declared
 
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}:[0-9]{1,10}:[0-9a-f]{8}")
+
+
+def owner_name() -> str:
+    """Names this process in the rows that it owns, and its file here."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).strip("-.") or "host"
+    return f"{host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 class Liveness:

@@ -12,7 +12,6 @@ from pokestrator.errors import InvalidDefinition, StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
-from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
@@ -58,14 +57,12 @@ class Runner:
         self,
         *,
         jobs: Jobs,
-        history: History,
         subagents: Subagents,
         templates: Sequence[Template],
         claude: Claude,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
-        self._history = history
         self._subagents = subagents
         self._templates = {template.name: template for template in templates}
         self._claude = claude
@@ -131,7 +128,7 @@ class Runner:
 
     def _note(self, job: Job, kind: str, text: str) -> None:
         try:
-            self._history.add_event(job.id, kind, one_line(text))
+            self._jobs.note(job, kind, one_line(text))
         except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
             log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
 

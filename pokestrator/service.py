@@ -33,13 +33,16 @@ UNCERTAIN = (
     "The database went away while this was being stored, so it may run or may not. If no result has come in some "
     "minutes, send it again."
 )
+BUSY = "The database is busy, and this was not stored. Try again in a moment."
 NOTHING_TO_SAY = "The database is away, so nothing can be said or done about earlier tasks. Try again in a minute."
+UNCERTAIN_ANSWER = "The database went away, and whether that was done is not known. Ask again in a minute."
 NOT_YOURS = "names no task of yours that is still known; leave it out for your latest task"
 NONE_YET = "is missing, and no task of yours is known"
 
-ACCEPT_SECONDS = 1.2  # for storing a task; with the lookup below, an answer comes in under 2 s
+ACCEPT_SECONDS = 1.0  # for storing a task; with the lookup below, an answer comes in under 2 s
 LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
-IMPATIENT_SECONDS = 0.3  # in place of ACCEPT_SECONDS, while the database is known to be away
+IMPATIENT_SECONDS = 0.25  # in place of ACCEPT_SECONDS, while the database is known to be away or was just now
+IMPATIENCE_LASTS = 3.0  # seconds: or those who come while it hangs would wait for each other
 RETRY_SECONDS = 1.0
 API_WAITS = (5.0, 25.0)  # seconds before the second and the third try, when Claude's API had trouble
 
@@ -56,14 +59,20 @@ class Service:
         claude: Claude,
         delivery: Delivery,
         stopping: threading.Event,
+        accept_seconds: float | None = ACCEPT_SECONDS,
     ) -> None:
+        """`accept_seconds`: how long a caller waits for the database; None, while somebody may be stepping."""
         self._jobs = jobs
         self._history = history
         self._runner = runner
         self._claude = claude
         self._delivery = delivery
         self._stopping = stopping
+        self._accept_seconds = accept_seconds
+        self._impatient_until = 0.0
         self._runs_here: dict[uuid.UUID, str] = {}
+        self._from_memory: dict[str, uuid.UUID] = {}  # by idempotency key, while it runs
+        self._memory_turn = threading.Lock()
 
     # in --------------------------------------------------------------------------------------------------------
 
@@ -75,32 +84,54 @@ class Service:
         `impatient`: the database is known to be away. Raises TryAgainLater when the job was not taken.
         """
         started = time.monotonic()
-        stored = self._store(job, IMPATIENT_SECONDS if impatient else ACCEPT_SECONDS)
-        if stored is None and not submit_from_memory(lambda: self._run_from_memory(job)):
-            raise TryAgainLater(BUSY_WITHOUT_DATABASE)
+        stored = self._store(job, impatient=impatient)
+        ack = self._take_into_memory(job, submit_from_memory) if stored is None else _stored(job, stored)
         log.info(
             "accepted",
-            request_id=str(stored or job.id),
-            durable=stored is not None,
-            duplicate=stored not in (None, job.id),
+            request_id=str(ack.request_id),
+            durable=ack.durable,
+            duplicate=ack.duplicate,
             channel=job.channel,
             ms=round(1000 * (time.monotonic() - started), 1),
         )
-        if stored is None:
-            return Acknowledgement(job.id, False, ACCEPTED_FROM_MEMORY)
-        if stored != job.id:
-            return Acknowledgement(stored, True, ACCEPTED_BEFORE, duplicate=True)
-        return Acknowledgement(stored, True, ACCEPTED)
+        return ack
 
-    def _store(self, job: NewJob, within: float) -> uuid.UUID | None:
+    def _take_into_memory(
+        self, job: NewJob, submit_from_memory: Callable[[Callable[[], None]], bool]
+    ) -> Acknowledgement:
+        key = job.idempotency.key if job.idempotency else str(job.id)
+
+        def run() -> None:
+            try:
+                self._run_from_memory(job)
+            finally:
+                self._from_memory.pop(key, None)
+
+        with self._memory_turn:
+            if key in self._from_memory:
+                return Acknowledgement(self._from_memory[key], False, ACCEPTED_BEFORE, duplicate=True)
+            self._from_memory[key] = job.id
+            if not submit_from_memory(run):
+                del self._from_memory[key]
+                raise TryAgainLater(BUSY_WITHOUT_DATABASE)
+        return Acknowledgement(job.id, False, ACCEPTED_FROM_MEMORY)
+
+    def _store(self, job: NewJob, *, impatient: bool) -> uuid.UUID | None:
         """The stored job's id (an earlier one's, if this repeats it); None when it certainly is not stored.
 
-        Raises TryAgainLater when that is not known.
+        Raises TryAgainLater when that is not known, or when the database is there and only busy: what runs from memory
+        meanwhile could be the very task that another call is storing.
         """
+        within = self._accept_seconds
+        if within is not None and (impatient or time.monotonic() < self._impatient_until):
+            within = IMPATIENT_SECONDS
         try:
             return self._jobs.insert(job, within)
         except StoreUnavailable as error:
             log.warning("not_stored", request_id=str(job.id), reason=str(error), certain=not error.maybe_committed)
+            self._impatient_until = time.monotonic() + IMPATIENCE_LASTS
+            if error.is_busy and not impatient and not error.maybe_committed:
+                raise TryAgainLater(BUSY) from error
             if not error.maybe_committed:
                 return None
         try:
@@ -113,14 +144,22 @@ class Service:
     def ask(self, question: Question) -> JobStatus:
         """The status of a caller's job, cancelled first if that was asked. Raises InvalidTask, TryAgainLater."""
         try:
-            status = self._history.answer(question, ACCEPT_SECONDS)
+            status = self._answer(question)
         except StoreUnavailable as error:
-            raise TryAgainLater(NOTHING_TO_SAY) from error
+            raise TryAgainLater(UNCERTAIN_ANSWER if error.maybe_committed else NOTHING_TO_SAY) from error
         if status is None:
             raise InvalidTask("metadata.request_id", NONE_YET if question.request_id is None else NOT_YOURS)
         if status.state is JobState.CANCELLED:
             self._delivery.wake()
         return status
+
+    def _answer(self, question: Question) -> JobStatus | None:
+        try:
+            return self._history.answer(question, self._accept_seconds)
+        except StoreUnavailable as error:
+            if not error.maybe_committed:
+                raise
+            return self._history.answer(question, LOOKUP_SECONDS)  # to cancel twice does no harm
 
     def end_run(self, job_id: uuid.UUID) -> None:
         """End this job's run, if it is in this process."""
@@ -147,7 +186,8 @@ class Service:
             log.exception("run_failed", request_id=str(job.id))
             outcome = failed(ErrorKind.INTERNAL, f"{type(error).__name__}: {error}")
         finally:
-            self._runs_here.pop(job.id, None)
+            if self._runs_here.get(job.id) == job.run_id:  # not a later claim's
+                del self._runs_here[job.id]
         if self._stopping.is_set() and outcome.error is ErrorKind.AGENT_CRASHED:
             raise LeaseLost("this instance ended the run because it is leaving")
         final, wait = self._settle(job, outcome)
@@ -218,3 +258,9 @@ class Service:
                 return
             wait = self.run_job(job)
         self._delivery.deliver(job_id)
+
+
+def _stored(job: NewJob, stored: uuid.UUID) -> Acknowledgement:
+    if stored != job.id:
+        return Acknowledgement(stored, True, ACCEPTED_BEFORE, duplicate=True)
+    return Acknowledgement(stored, True, ACCEPTED)

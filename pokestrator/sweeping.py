@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from pokestrator.errors import StoreUnavailable
 from pokestrator.jobs import Job
 from pokestrator.liveness import Liveness
 from pokestrator.store.recovery import Recovered, Recovery
@@ -38,6 +39,7 @@ class Sweeper:
         self._worked_at = time.monotonic()
         self._sweep_at = self._worked_at + lease_seconds
         self._look_at = self._remove_at = 0.0
+        self._remove_at_once = REMOVE_AT_ONCE
         self._clocks: tuple[float, float] | None = None  # the database's and ours, when last compared
 
     def database_back(self, away_seconds: float, held: Sequence[Job]) -> None:
@@ -81,6 +83,8 @@ class Sweeper:
         if abs(jump) <= CLOCK_JUMP_SECONDS:
             return True
         self._wait_a_lease(f"the database's clock jumped by {jump:.0f} s")
+        if jump < 0:
+            self._recovery.shorten_leases(self._lease_seconds)
         return False
 
     def _wait_a_lease(self, reason: str) -> None:
@@ -94,7 +98,14 @@ class Sweeper:
             log.error("interrupted", request_id=str(job_id), outcome="ended", reason=reason)
 
     def _remove_old(self, now: float) -> None:
-        removed = self._recovery.remove_old(self._retention_days, REMOVE_AT_ONCE)
-        self._remove_at = now + (0 if removed == REMOVE_AT_ONCE else REMOVE_SECONDS)
+        self._remove_at = now + REMOVE_SECONDS
+        try:
+            removed = self._recovery.remove_old(self._retention_days, self._remove_at_once)
+        except StoreUnavailable as error:  # there is no haste, and it must not keep the dispatcher from its runs
+            self._remove_at_once = max(1, self._remove_at_once // 2)
+            log.warning("not_removed", reason=str(error), next_time=self._remove_at_once)
+            return
+        if removed == self._remove_at_once:
+            self._remove_at = now  # there is more
         if removed:
             log.info("removed_old", jobs=removed, days=self._retention_days)

@@ -6,6 +6,7 @@ what is written about it, so that a sender which was too late changes nothing. A
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pokestrator.store.rows import storable, write_event
 
 HOLD_SECONDS = 90  # a POST takes 45 at most, and what came of it is still to be written after an outage of half that
 UNSENDABLE_HOURS = 76  # as long as tries last
+HOST_IN_URL = "//(?:[^/?#]*@)?([^/?#]*)"  # with its port; Python and PostgreSQL read it alike
 
 # ARRAY(…) has the subquery run once; with IN the planner may run it for each row, and the limit is not kept.
 # A hold further ahead than any claim makes it was written before the clock went back.
@@ -31,7 +33,9 @@ WHERE jobs.id = callbacks.job_id AND callbacks.id = ANY (ARRAY(
         AND (due.lease_until IS NULL OR due.lease_until < now() OR due.lease_until > now() + interval '10 minutes')
         AND due.channel = ANY (%(channels)s::channel[])
         AND (%(job_id)s::uuid IS NULL OR due.job_id = %(job_id)s)
-        AND NOT (due.channel = 'callback' AND job.callback_url = ANY (%(busy)s::text[]))
+        AND NOT due.id = ANY (%(not_ids)s::uuid[])
+        AND NOT (due.channel = 'callback' AND (job.callback_url = ANY (%(busy)s::text[])
+            OR lower(substring(job.callback_url FROM %(host)s)) = ANY (%(busy_hosts)s::text[])))
     ORDER BY due.next_attempt_at LIMIT %(limit)s FOR UPDATE OF due SKIP LOCKED))
 RETURNING callbacks.*, attempts - attempts_before AS tries, extract(epoch FROM now() - begun_at)::float AS age_seconds,
     jobs.callback_url, jobs.callback_token, left(jobs.task, 200) AS task"""
@@ -44,14 +48,23 @@ WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
 DEAD = """
 UPDATE callbacks SET state = 'dead', ended_at = now(), lease_until = NULL, last_status = %(status)s,
     last_error = %(error)s
-WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
+WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND attempts_before < %(attempt)s"""
 
-# The job may have been given a new address meanwhile; that one stays.
 RETRY = """
 UPDATE callbacks SET lease_until = NULL, next_attempt_at = now() + make_interval(secs => %(wait)s),
-    channel = CASE WHEN channel = %(was)s THEN %(channel)s ELSE channel END,
-    last_status = %(status)s, last_error = %(error)s
-WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending'"""
+    channel = %(channel)s, last_status = %(status)s, last_error = %(error)s
+WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND attempts_before < %(attempt)s"""
+
+# The job was given a new address, or was replayed, while this attempt was made: its schedule has begun anew, and what
+# the old address said ends nothing and puts nothing off. attempts_before never shrinks, so this can come second.
+FAILED_BEFORE_ITS_SCHEDULE = """
+UPDATE callbacks SET lease_until = NULL, last_status = %(status)s, last_error = %(error)s
+WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND attempts_before >= %(attempt)s"""
+
+# Not counted as a try, and once: a COMMIT whose answer was lost has cleared the hold.
+GIVE_BACK = """
+UPDATE callbacks SET lease_until = NULL, next_attempt_at = now(), attempts_before = least(attempts_before + 1, attempts)
+WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND lease_until IS NOT NULL"""
 
 # The longest waits, with some to spare: none before the first try, an hour after the next ones (if the receiver asks
 # for it), 29 hours after the last but one.

@@ -30,14 +30,19 @@ OPERATION_SECONDS = 6.0
 STATEMENT_SECONDS = 5.0
 SERVER_FIRST_SECONDS = 0.1
 
-# What the server's absence looks like; a table that is missing means that another process has yet to migrate.
+# What the server's absence looks like; what is missing in its tables means that another process has yet to migrate.
 AWAY = (
     psycopg.OperationalError,
     psycopg.InterfaceError,
     psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedObject,
     psycopg.errors.ReadOnlySqlTransaction,  # a standby, after a failover
     psycopg.errors.InsufficientPrivilege,
 )
+
+# Given up by the server itself.
+BUSY = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)
 
 # psycopg's own limit for connecting is at least two seconds and counted per address; this thread's is kept here.
 _connecting = threading.local()
@@ -131,7 +136,9 @@ class Connection(psycopg.Connection[DictRow]):
             away = isinstance(error, AWAY) or (isinstance(error, psycopg.Error) and self.closed)
             self._abandon()
             if away:
-                raise StoreUnavailable(reason_of(error, url), maybe_committed=unanswered) from error
+                raise StoreUnavailable(
+                    reason_of(error, url), maybe_committed=unanswered, is_busy=isinstance(error, BUSY)
+                ) from error
             raise
 
     def _refuse_to_commit_nothing(self) -> None:

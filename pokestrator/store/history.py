@@ -40,11 +40,6 @@ class History:
     def __init__(self, source: ConnectionSource) -> None:
         self._source = source
 
-    def add_event(self, job_id: uuid.UUID, kind: str, text: str) -> None:
-        """Add a line to the job's timeline."""
-        with self._source.connection() as connection:
-            write_event(connection, job_id, kind, text)
-
     def timeline(self, job_id: uuid.UUID) -> list[JobEvent]:
         with self._source.connection() as connection:
             query = "SELECT at, kind, text FROM job_events WHERE job_id = %s ORDER BY id"

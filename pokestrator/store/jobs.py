@@ -18,7 +18,7 @@ from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Idempotency, Job, JobState, NewJob, Outcome, Route, ending
 from pokestrator.runs import ErrorKind, Usage, sentence
 from pokestrator.store.pool import Connection, ConnectionSource
-from pokestrator.store.rows import WAKE_CHANNEL, end_job, job_of, usage_values, wake_all, write_event
+from pokestrator.store.rows import WAKE_CHANNEL, end_job, job_of, storable, usage_values, wake_all, write_event
 
 MAX_INTERRUPTIONS = 3
 
@@ -49,28 +49,36 @@ WITH job AS (
     UPDATE jobs SET channel = 'callback', callback_url = %(url)s, callback_token = %(token)s WHERE id = %(id)s
     RETURNING id
 )
-UPDATE callbacks SET channel = 'callback', next_attempt_at = now(), begun_at = now(), attempts_before = attempts
-FROM job WHERE job_id = job.id AND state = 'pending'"""
+UPDATE callbacks SET channel = 'callback', state = 'pending', ended_at = NULL, next_attempt_at = now(),
+    begun_at = now(), attempts_before = attempts
+FROM job WHERE job_id = job.id AND state IN ('pending', 'dead')"""
 
 # A claim makes the run's owner, its lease and its fence in one step; rows that others are claiming are passed over.
 # ARRAY(…) has the subquery run once. As `id IN (SELECT … LIMIT …)` the planner may run it again for each row, and the
-# limit is not kept. No wait is longer than an hour: a run_at beyond that was written before the clock went back. A
+# limit is not kept. No wait is longer than two minutes: a run_at beyond that was written before the clock went back. A
 # terminal's job (channel none) is claimed by its terminal, by id.
 CLAIM = """
 UPDATE jobs SET state = 'running', claim_seq = claim_seq + 1, owner = %(owner)s,
     lease_until = now() + make_interval(secs => %(lease)s), started_at = coalesce(started_at, now())
 WHERE id = ANY (ARRAY(
     SELECT id FROM jobs
-    WHERE state = 'queued' AND (run_at <= now() OR run_at > now() + interval '1 hour') AND NOT cancel_requested
+    WHERE state = 'queued' AND (run_at <= now() OR run_at > now() + interval '2 minutes') AND NOT cancel_requested
         AND (id = %(id)s OR (%(id)s::uuid IS NULL AND channel <> 'none'))
     ORDER BY run_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
 RETURNING *"""
 
+# A row that somebody else has locked is passed over: one that hangs must not cost all the others their leases.
 RENEW = """
 UPDATE jobs SET lease_until = now() + make_interval(secs => %(lease)s)
-FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]) AS mine (id, claim_seq)
-WHERE jobs.id = mine.id AND jobs.claim_seq = mine.claim_seq AND state = 'running'
-RETURNING jobs.id"""
+WHERE id = ANY (ARRAY(
+    SELECT jobs.id FROM jobs
+        JOIN unnest(%(ids)s::uuid[], %(fences)s::bigint[]) AS mine (id, claim_seq) USING (id, claim_seq)
+    WHERE state = 'running' FOR UPDATE OF jobs SKIP LOCKED))"""
+
+OWNED = """
+SELECT id, claim_seq FROM jobs
+    JOIN unnest(%(ids)s::uuid[], %(fences)s::bigint[]) AS mine (id, claim_seq) USING (id, claim_seq)
+WHERE state = 'running'"""
 
 # What comes back is not younger than before: it keeps its place in the queue.
 RELEASE = """
@@ -97,6 +105,10 @@ RECORD_ROUTE = """
 UPDATE jobs SET route = %(route)s, route_reason = %(reason)s
 WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'
 RETURNING id"""
+
+NOTE = """
+INSERT INTO job_events (job_id, kind, text)
+SELECT id, %(kind)s, %(text)s FROM jobs WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'"""
 
 BEGIN_RUN = """
 UPDATE jobs SET runs = runs + 1, subagent_id = %(subagent_id)s, subagent_version = %(version)s
@@ -136,16 +148,16 @@ class Jobs:
             claimed = _claim(connection, owner, lease_seconds, 1, job_id)
         return claimed[0] if claimed else None
 
-    def renew(self, held: Sequence[Job], lease_seconds: float) -> set[uuid.UUID]:
-        """Renew the leases of `held`; returns the ids still owned. A missing one is lost for good."""
+    def renew(self, held: Sequence[Job], lease_seconds: float) -> set[tuple[uuid.UUID, int]]:
+        """Renew the leases of `held`; returns the claims still owned, as (id, claim_seq). Others are lost for good."""
         with self._source.connection() as connection:
-            rows = connection.execute(RENEW, {**_fences(held), "lease": lease_seconds})
-            return {row["id"] for row in rows}
+            connection.execute(RENEW, {**fences(held), "lease": lease_seconds})
+            return {(row["id"], row["claim_seq"]) for row in connection.execute(OWNED, fences(held))}
 
     def release(self, held: Sequence[Job], within: float | None = None) -> set[uuid.UUID]:
         """Give unfinished jobs back to the queue, unpunished, and wake the other instances."""
         with self._source.connection(within) as connection:
-            released = {row["id"] for row in connection.execute(RELEASE, _fences(held))}
+            released = {row["id"] for row in connection.execute(RELEASE, fences(held))}
             for job_id in released:
                 write_event(connection, job_id, "released", "back in the queue; its run ended early, not by its fault")
             wake_all(connection)
@@ -192,6 +204,12 @@ class Jobs:
             values = {"id": job.id, "fence": job.claim_seq, "subagent_id": subagent_id, "version": version}
             _only_owner(job, connection.execute(BEGIN_RUN, values).fetchone())
             write_event(connection, job.id, "running", note)
+
+    def note(self, job: Job, kind: str, text: str) -> None:
+        """Add a line to the timeline of a job that still is the caller's; a late owner's is dropped."""
+        values = {"id": job.id, "fence": job.claim_seq, "kind": kind, "text": storable(text)}
+        with self._source.connection() as connection:
+            connection.execute(NOTE, values)
 
     def finish(self, job: Job, outcome: Outcome) -> Outcome:
         """End the job and put its callback into the outbox, in one transaction; returns how it really ended.
@@ -276,5 +294,6 @@ def _requeue(
     wake_all(connection)
 
 
-def _fences(held: Sequence[Job]) -> Mapping[str, Any]:
+def fences(held: Sequence[Job]) -> Mapping[str, Any]:
+    """Claims as parameters: `ids` and `fences`, side by side."""
     return {"ids": [job.id for job in held], "fences": [job.claim_seq for job in held]}

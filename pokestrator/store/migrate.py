@@ -14,6 +14,8 @@ from pokestrator.store.pool import Connection, Database, reason_of
 FOLDER = Path(__file__).parent / "migrations"
 LOCK_KEY = 0x706F6B65  # "poke"
 MIGRATION_SECONDS = 300
+TURN_SECONDS = 20  # to wait for the process that migrates; who gives up tries again
+TABLE_SECONDS = 2  # to wait for a table
 
 LEDGER = """
 CREATE TABLE IF NOT EXISTS schema_migrations (
@@ -55,10 +57,11 @@ def migrate(database: Database, migrations: list[Migration] | None = None) -> li
     applied = []
     with database.connect(operation_seconds=MIGRATION_SECONDS + 10) as connection:
         try:
-            # Waiting for the process that migrates may take longer than a statement should.
             connection.execute(f"SET statement_timeout = '{MIGRATION_SECONDS}s'".encode())
-            connection.execute("SET lock_timeout = 0")
+            connection.execute(f"SET lock_timeout = '{TURN_SECONDS}s'".encode())
             connection.execute("SELECT pg_advisory_lock(%s)", [LOCK_KEY])
+            # A change of a table that waits for a long reader holds up all who come after it: rather try again later.
+            connection.execute(f"SET lock_timeout = '{TABLE_SECONDS}s'".encode())
             connection.execute(LEDGER)
             for migration in load_migrations() if migrations is None else migrations:
                 if _apply(connection, migration):

@@ -33,7 +33,9 @@ LISTEN_CHECK_SECONDS = 5.0
 # How long the pool tries by itself after a connection has failed. Its waits double, up to minutes, and in the meantime
 # it opens nothing for those who ask; once it has given up, the next one who asks makes it try.
 RECONNECT_SECONDS = 1.0
-OPTIONS = f"-c statement_timeout={STATEMENT_SECONDS:g}s -c lock_timeout=3s -c idle_in_transaction_session_timeout=30s"
+OPTIONS = f"-c statement_timeout={STATEMENT_SECONDS:g}s -c lock_timeout=3s"
+# A process that stands still in the midst of a transaction holds its rows locked: well under the time of a lease.
+IDLE_SECONDS = 8
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 10_000}
 
 
@@ -46,14 +48,15 @@ class ConnectionSource(Protocol):
 class Database:
     """The pool of one process, and connections beside it. Nothing is opened before `open`."""
 
-    def __init__(self, url: str, *, min_size: int = 1, max_size: int = 5) -> None:
+    def __init__(self, url: str, *, min_size: int = 1, max_size: int = 5, idle_seconds: int = IDLE_SECONDS) -> None:
+        """`idle_seconds`: how long a transaction may stand still before the server ends it."""
         self.url = url
         self._connect: dict[str, Any] = {
             "row_factory": dict_row,
             "autocommit": True,  # each block begins its own transaction
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "pokestrator",
-            "options": OPTIONS,
+            "options": f"{OPTIONS} -c idle_in_transaction_session_timeout={idle_seconds}s",
             **KEEPALIVES,
         }
         self._lock = threading.Lock()
@@ -160,7 +163,8 @@ class Database:
         try:
             connection = self._pool.getconn(max(wait.left() - LEAST_SECONDS, 0))
         except (PoolTimeout, PoolClosed) as error:
-            raise StoreUnavailable(self._why_none(error, wait, fault)) from (fault or error)
+            busy = fault is None and isinstance(error, PoolTimeout) and self._is_exhausted()
+            raise StoreUnavailable(self._why_none(error, wait, fault), is_busy=busy) from (fault or error)
         with self._lock:
             self._in_use += 1
         return connection
@@ -171,6 +175,9 @@ class Database:
             self._in_use -= 1
         self._pool.putconn(connection)
 
+    def _is_exhausted(self) -> bool:
+        return self._in_use >= self._pool.max_size
+
     def _why_none(self, error: PoolTimeout | PoolClosed, wait: Deadline, fault: psycopg.Error | None) -> str:
         if isinstance(error, PoolClosed):
             return reason_of(error, self.url)
@@ -178,7 +185,7 @@ class Database:
             return str(NoAnswer(wait.seconds, asked=True))
         if fault is not None:
             return reason_of(fault, self.url)
-        if self._in_use >= self._pool.max_size:
+        if self._is_exhausted():
             return f"no connection was free within {wait.seconds:g} s: all {self._pool.max_size} are in use"
         return f"no connection could be opened within {wait.seconds:g} s"
 

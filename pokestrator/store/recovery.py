@@ -13,7 +13,7 @@ from psycopg.rows import DictRow
 
 from pokestrator.jobs import CANCELLED, Channel, Job, JobState, Outcome, ending
 from pokestrator.runs import ErrorKind, sentence
-from pokestrator.store.jobs import MAX_INTERRUPTIONS
+from pokestrator.store.jobs import MAX_INTERRUPTIONS, fences
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import end_job, wake_all, write_event
 
@@ -22,7 +22,8 @@ EXPIRED = "lease_until < now() OR lease_until > now() + interval '2 hours'"
 
 ORPHANS = f"""
 SELECT id, channel, interruptions, cancel_requested, runs FROM jobs
-WHERE state = 'running' AND NOT id = ANY (%(held)s) AND (owner = ANY (%(dead)s) OR (%(expired)s AND ({EXPIRED})))
+WHERE state = 'running' AND NOT (id, claim_seq) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]))
+    AND (owner = ANY (%(dead)s) OR (%(expired)s AND ({EXPIRED})))
 ORDER BY lease_until LIMIT 100 FOR UPDATE SKIP LOCKED"""
 
 REQUEUE = """
@@ -33,8 +34,13 @@ WHERE id = %s"""
 # A claim whose COMMIT was answered to nobody: its owner does not know of it.
 RELEASE_UNKNOWN = """
 UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL, run_at = least(created_at, now())
-WHERE state = 'running' AND owner = %(owner)s AND NOT id = ANY (%(held)s)
+WHERE state = 'running' AND owner = %(owner)s
+    AND NOT (id, claim_seq) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]))
 RETURNING id"""
+
+SHORTEN_LEASES = """
+UPDATE jobs SET lease_until = now() + make_interval(secs => %(seconds)s)
+WHERE state = 'running' AND lease_until > now() + make_interval(secs => %(seconds)s)"""
 
 TO_CANCEL = """
 SELECT id FROM jobs WHERE cancel_requested AND finished_at IS NULL AND state = 'running' AND owner = %s"""
@@ -88,7 +94,7 @@ class Recovery:
         requeued: list[uuid.UUID] = []
         ended: list[uuid.UUID] = []
         with self._source.connection() as connection:
-            values = {"held": _ids(held), "dead": list(dead_owners), "expired": expired}
+            values = {**fences(held), "dead": list(dead_owners), "expired": expired}
             for row in connection.execute(ORPHANS, values).fetchall():
                 (requeued if _requeue(connection, row) else ended).append(row["id"])
             if requeued:
@@ -98,14 +104,19 @@ class Recovery:
     def release_unknown(self, owner: str, held: Sequence[Job]) -> list[uuid.UUID]:
         """Give back, unpunished, what `owner` has claimed without having heard of it. Only for the owner itself."""
         with self._source.connection() as connection:
-            rows = connection.execute(RELEASE_UNKNOWN, {"owner": owner, "held": _ids(held)}).fetchall()
+            rows = connection.execute(RELEASE_UNKNOWN, {"owner": owner, **fences(held)}).fetchall()
             for row in rows:
                 write_event(connection, row["id"], "released", "back in the queue; the claim's answer was lost")
             return [row["id"] for row in rows]
 
-    def to_cancel(self, owner: str) -> set[uuid.UUID]:
-        """Running jobs of `owner` whose callers have cancelled them."""
+    def shorten_leases(self, seconds: float) -> None:
+        """Let no lease last longer than this. For a clock that went back: a dead owner's would last until then."""
         with self._source.connection() as connection:
+            connection.execute(SHORTEN_LEASES, {"seconds": seconds})
+
+    def to_cancel(self, owner: str, within: float | None = None) -> set[uuid.UUID]:
+        """Running jobs of `owner` whose callers have cancelled them."""
+        with self._source.connection(within) as connection:
             return {row["id"] for row in connection.execute(TO_CANCEL, [owner])}
 
     def end_cancelled(self) -> list[uuid.UUID]:
@@ -135,7 +146,3 @@ def _requeue(connection: Connection, row: DictRow) -> bool:
     connection.execute(REQUEUE, [row["id"]])
     write_event(connection, row["id"], "interrupted", "its owner is gone; it will run again")
     return True
-
-
-def _ids(held: Sequence[Job]) -> list[uuid.UUID]:
-    return [job.id for job in held]

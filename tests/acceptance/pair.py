@@ -178,18 +178,20 @@ class Pair:
         with self.held_back(self.b if instance is self.a else self.a):
             sent = [self.send(instance, *steps) for steps in scripts]
             for each in sent:
-                assert eventually(lambda each=each: self.asked(each), 30), self.story(each)  # type: ignore[misc]
+                self.await_agent(each)
         return sent
 
-    def asked(self, request_id: uuid.UUID) -> list[float]:
-        """When (time.time()) a run of this job asked Claude."""
+    def await_agent(self, request_id: uuid.UUID) -> None:
+        """Wait until the agent of a job has asked Claude."""
         mark = self._metadata[request_id].split(".")[0]
-        return [each.at for each in self.api.requests if mark in json.dumps(each.body)]
+        asked = eventually(lambda: any(mark in json.dumps(each.body) for each in self.api.requests), 60)
+        assert asked, self.story(request_id)
 
     def ran_again(self, request_id: uuid.UUID, timeout: float) -> float:
-        """When the second request of a job came to Claude."""
-        assert eventually(lambda: len(self.asked(request_id)) > 1, timeout), self.story(request_id)
-        return self.asked(request_id)[1]
+        """When (time.time()) the second run of a job began; its agent starts after that, sooner or later."""
+        assert eventually(lambda: len(self.events(request_id, "running")) > 1, timeout), self.story(request_id)
+        at: float = self.events(request_id, "running")[1]["at"]
+        return at
 
     def row(self, request_id: uuid.UUID) -> dict[str, Any]:
         return job_row(self.database_url, request_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 LISTENS = "0A"  # in /proc/net/tcp
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+def eventually(condition: Callable[[], object], timeout: float = 10.0) -> bool:
     """Whether `condition` comes true within `timeout` seconds. For what the kernel tells nobody about."""
     deadline = time.monotonic() + timeout
     pause = threading.Event()

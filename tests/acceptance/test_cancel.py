@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ GONE_SECONDS = 6.0
 CALLER = {"X-Poke-User-Id": "7d9c6a2e-0d0f-4d26-9f3c-1c2b3a495867"}
 STRANGER = {"X-Poke-User-Id": "11111111-2222-4333-8444-555555555555"}
 
-_lengths = itertools.count(471_100)  # of sleeps, so that each can be told from all others
+_lengths = itertools.count(1_000_000 + 1_000 * os.getpid())  # of sleeps, so that each can be told from all others
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_a_task_is_cancelled_wherever_it_is(pair: Pair) -> None:
         hanging = pair.send(pair.a, HANGS_ONCE, {"text": "The payouts are in."}, **CALLER)
         queued = pair.send(pair.a, **CALLER)
         assert eventually(lambda: len(living(mark)) >= 3, 30), pair.story(sleeping)  # Bash and two sleeps
-        assert eventually(lambda: pair.asked(hanging), 30), pair.story(hanging)
+        pair.await_agent(hanging)
 
         assert ask(pair.a, "status", sleeping)["status"] == "running"
         assert mark in ask(pair.a, "status", sleeping)["message"]

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_an_instance_that_is_alone_takes_up_what_its_killed_worker_left(pair_of_
     pair = pair_of_module
     alone = pair.run_alone()
     sent = pair.send(alone, HANGS_ONCE, {"text": "The payouts are in."})
-    assert eventually(lambda: pair.asked(sent), 30), pair.story(sent)
+    pair.await_agent(sent)
     worker = alone.worker()
     assert worker is not None
     os.kill(worker, signal.SIGKILL)
@@ -110,10 +111,11 @@ def test_a_frozen_workers_jobs_are_taken_and_when_it_goes_on_it_writes_nothing_l
         for sent in (ends_meanwhile, still_hangs):
             assert pair.ran_again(sent, 45) - frozen < TAKEN_SECONDS, pair.story(sent)
         threading.Event().wait(max(0.0, frozen + FROZEN_SECONDS - time.time()))
+        assert pair.a.agents()  # an agent's slot is not frozen
     finally:
         os.kill(worker, signal.SIGCONT)
     for sent in (ends_meanwhile, still_hangs):
-        assert eventually(lambda sent=sent: logged(pair.a, "lease_lost", sent), 10), pair.a.log  # type: ignore[misc]
+        assert eventually(partial(logged, pair.a, "lease_lost", sent), 10), pair.a.log
     assert eventually(lambda: not pair.a.agents(), 10), pair.a.log
     for sent in (ends_meanwhile, still_hangs):
         assert_ran_twice_and_said_so(pair, sent, interruptions=1)
@@ -129,7 +131,7 @@ def test_ending_all_database_sessions_loses_and_doubles_nothing(pair: Pair) -> N
     running = [pair.send(each, {"delay": 4, "text": "The payouts are in."}) for each in (pair.a, pair.b) * 2]
     waiting = [pair.send(pair.b) for _ in range(2)]
     for sent in running:
-        assert eventually(lambda sent=sent: pair.asked(sent), 30), pair.story(sent)  # type: ignore[misc]
+        pair.await_agent(sent)
     ended = row(
         pair.database_url,
         "SELECT count(pg_terminate_backend(pid)) AS sessions FROM pg_stat_activity"

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pokestrator.errors import LeaseLost
 from pokestrator.intake import Action, Question, new_job
-from pokestrator.jobs import CANCELLED, CallbackTarget, Channel, Job, JobState, NewJob, Outcome
+from pokestrator.jobs import CANCELLED, CallbackTarget, Channel, Job, JobState, NewJob, Outcome, Route
 from pokestrator.runs import ErrorKind, Usage
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -24,8 +24,11 @@ from tests.integration.store_model import Model, ModelJob
 T = TypeVar("T")
 
 LEASE = 60.0
+SUCCEEDED = Outcome(JobState.SUCCEEDED, "It went well.")
+FAILED = Outcome(JobState.FAILED, "It took too long.", ErrorKind.TIMEOUT)
 
-OWNER = st.sampled_from(["ann:1", "ben:2", "cat:3"])
+OWNER = st.sampled_from(["ann:1", "ben:2"])
+ACTION = st.sampled_from([Action.STATUS, Action.STATUS, Action.CANCEL])
 
 
 def one_of(choices: Callable[[JobsMachine], Sequence[Any]]) -> st.SearchStrategy[Any]:
@@ -41,14 +44,16 @@ def jobs_of(machine: JobsMachine) -> list[ModelJob]:
     return list(machine.model.jobs.values())
 
 
-def claims_of(machine: JobsMachine) -> list[Job]:
-    """Those that stand, most often, and the last ones that were lost."""
-    return in_favour(machine.claims, machine.model.owns)
+def owned(machine: JobsMachine) -> list[Job]:
+    return [claim for claim in machine.claims if machine.model.owns(claim)]
 
 
-def in_favour(those: Sequence[T], condition: Callable[[T], object]) -> list[T]:
-    favoured, others = [each for each in those if condition(each)], [each for each in those if not condition(each)]
-    return [*(favoured * 3), *others[-2:]]
+def lost(machine: JobsMachine) -> list[Job]:
+    return [claim for claim in machine.claims if not machine.model.owns(claim)]
+
+
+def all_claims(machine: JobsMachine) -> list[Job]:
+    return [*owned(machine), *lost(machine)]
 
 
 def any_job(condition: Callable[[ModelJob], object]) -> Callable[..., Any]:
@@ -58,6 +63,7 @@ def any_job(condition: Callable[[ModelJob], object]) -> Callable[..., Any]:
 
 has_jobs = precondition(lambda machine: machine.model.jobs)
 has_claims = precondition(lambda machine: machine.claims)
+has_owned = precondition(owned)
 
 
 class JobsMachine(RuleBasedStateMachine):
@@ -83,21 +89,16 @@ class JobsMachine(RuleBasedStateMachine):
         caller=st.sampled_from([None, "u-1", "u-2"]),
         key=st.sampled_from([None, None, "key-1", "key-2"]),
         address=st.sampled_from([None, "one", "two", "three"]),
+        once_more=st.integers(0, 20),
     )
-    def accept(self, task: str, caller: str | None, key: str | None, address: str | None) -> None:
+    def accept(self, task: str, caller: str | None, key: str | None, address: str | None, once_more: int = 0) -> None:
         target = CallbackTarget(f"https://poke.invalid/{address}", "token") if address else None
-        self._insert(new_job(task, {"idempotency_key": key} if key else "", caller=caller, callback=target))
+        self.new.append(new_job(task, {"idempotency_key": key} if key else "", caller=caller, callback=target))
+        # Some come a second time, as after a COMMIT whose answer was lost.
+        for job in (self.new[-1], *self.new[-1 - once_more : -once_more]):
+            assert self.jobs.insert(job) == self.model.insert(job)
 
-    @precondition(lambda self: self.new)
-    @rule(job=one_of(lambda machine: machine.new))
-    def insert_once_more(self, job: NewJob) -> None:
-        """As after a COMMIT whose answer was lost."""
-        self._insert(job)
-
-    def _insert(self, job: NewJob) -> None:
-        self.new.append(job)
-        assert self.jobs.insert(job) == self.model.insert(job)
-
+    @precondition(lambda self: not any(job.channel == "none" for job in jobs_of(self)))
     @rule(owner=OWNER)
     def ask_at_a_terminal(self, owner: str) -> None:
         job = new_job("tea", channel=Channel.NONE)
@@ -121,7 +122,7 @@ class JobsMachine(RuleBasedStateMachine):
         assert sorted(taken, key=lambda job: job.run_at) == wanted[:limit]
         self._taken(claims, owner, taken)
 
-    @has_jobs
+    @any_job(lambda job: job.state == "queued")
     @rule(owner=OWNER, job=one_of(jobs_of))
     def claim_one(self, owner: str, job: ModelJob) -> None:
         claim = self.jobs.claim_one(job.id, owner, LEASE)
@@ -137,30 +138,32 @@ class JobsMachine(RuleBasedStateMachine):
         self.claims.extend(claims)
 
     @has_claims
-    @rule(claims=some_of(claims_of))
+    @rule(claims=some_of(all_claims))
     def renew(self, claims: list[Job]) -> None:
-        owned = [claim for claim in claims if self.model.owns(claim)]
-        assert self.jobs.renew(claims, LEASE) == {claim.id for claim in owned}
-        for claim in owned:
+        kept = [claim for claim in claims if self.model.owns(claim)]
+        assert self.jobs.renew(claims, LEASE) == {(claim.id, claim.claim_seq) for claim in kept}
+        for claim in kept:
             self.model.jobs[claim.id].is_lapsed = False
 
     @has_claims
-    @rule(claims=some_of(claims_of))
+    @rule(claims=some_of(all_claims))
     def release(self, claims: list[Job]) -> None:
-        owned = {claim.id: self.model.jobs[claim.id] for claim in claims if self.model.owns(claim)}
-        assert self.jobs.release(claims) == owned.keys()
-        self.model.requeue(list(owned.values()))
+        given = {claim.id: self.model.jobs[claim.id] for claim in claims if self.model.owns(claim)}
+        assert self.jobs.release(claims) == given.keys()
+        self.model.requeue(list(given.values()))
 
     @any_job(lambda job: job.state == "running")
-    @rule(job=one_of(lambda machine: machine.model.running()), left=st.sampled_from(["-1 second", "1 day"]))
-    def let_lease_run_out(self, job: ModelJob, left: str) -> None:
-        """A lease that lies a day ahead was written before the clock went back."""
-        self.change("UPDATE jobs SET lease_until = now() + %s::interval WHERE id = %s", left, job)
-        job.is_lapsed = True
-
-    @any_job(lambda job: job.state == "running")
-    @rule(sweeper=OWNER, dead=st.sets(OWNER, max_size=2), expired=st.booleans())
-    def sweep(self, sweeper: str, dead: set[str], expired: bool) -> None:
+    @rule(
+        lapsed=some_of(lambda machine: machine.model.running()),
+        left=st.sampled_from(["-1 second", "1 day"]),
+        sweeper=OWNER,
+        dead=st.sets(OWNER, max_size=1),
+        expired=st.booleans(),
+    )
+    def sweep(self, lapsed: list[ModelJob], left: str, sweeper: str, dead: set[str], expired: bool) -> None:
+        for job in lapsed:  # a lease that lies a day ahead was written before the clock went back
+            self.change("UPDATE jobs SET lease_until = now() + %s::interval WHERE id = %s", left, job)
+            job.is_lapsed = True
         orphans = [job for job in self.model.running() if job.owner in dead or (expired and job.is_lapsed)]
         orphans = [job for job in orphans if job.owner != sweeper]
         swept = self.recovery.sweep(self._held(sweeper), dead_owners=dead, expired=expired)
@@ -176,72 +179,69 @@ class JobsMachine(RuleBasedStateMachine):
         self.model.requeue(unknown)
 
     def _held(self, owner: str) -> list[Job]:
-        return [claim for claim in self.claims if self.model.owns(claim) and self.model.jobs[claim.id].owner == owner]
+        return [claim for claim in owned(self) if self.model.jobs[claim.id].owner == owner]
 
     # runs --------------------------------------------------------------------------------------------------------
 
-    @has_claims
-    @rule(claim=one_of(claims_of))
+    @has_owned
+    @rule(claim=one_of(owned))
     def begin_run(self, claim: Job) -> None:
-        if self._fenced(claim, lambda: self.jobs.begin_run(claim, self.subagent.id, self.subagent.version, "it runs")):
-            self.model.jobs[claim.id].runs += 1
+        self.jobs.begin_run(claim, self.subagent.id, self.subagent.version, "it runs")
+        self.model.jobs[claim.id].runs += 1
 
-    @has_claims
-    @rule(claim=one_of(claims_of))
-    def succeed(self, claim: Job) -> None:
-        self._finish(claim, JobState.SUCCEEDED, None)
+    @has_owned
+    @rule(claim=one_of(owned), how=st.sampled_from(["succeeds", "fails", "is cut short", "the API has trouble"]))
+    def end_run(self, claim: Job, how: str) -> None:
+        job = self.model.jobs[claim.id]
+        if how in ("succeeds", "fails"):
+            outcome = SUCCEEDED if how == "succeeds" else FAILED
+            self.jobs.finish(claim, outcome)
+            self.model.finish(job, succeeded=outcome is SUCCEEDED, text=outcome.text)
+        elif how == "is cut short":
+            ended = self.jobs.interrupt(claim, "the slot died", Usage())
+            again, _ = self.model.interrupt([job], orphaned=False)
+            assert (ended is None) == (claim.id in again)
+        else:
+            ended = self.jobs.retry(claim, 0, "HTTP 529", Usage())
+            assert (ended is not None) == job.cancel_requested
+            self.model.retry(job)
 
-    @has_claims
-    @rule(claim=one_of(claims_of))
-    def fail(self, claim: Job) -> None:
-        self._finish(claim, JobState.FAILED, ErrorKind.TIMEOUT)
-
-    def _finish(self, claim: Job, state: JobState, error: ErrorKind | None) -> None:
-        if self._fenced(claim, lambda: self.jobs.finish(claim, Outcome(state, "It ended.", error))):
-            self.model.finish(self.model.jobs[claim.id], succeeded=error is None, text="It ended.")
-
-    @has_claims
-    @rule(claim=one_of(claims_of))
-    def interrupt(self, claim: Job) -> None:
-        if self._fenced(claim, lambda: self.jobs.interrupt(claim, "the slot died", Usage())):
-            self.model.interrupt([self.model.jobs[claim.id]], orphaned=False)
-
-    @has_claims
-    @rule(claim=one_of(claims_of))
-    def retry(self, claim: Job) -> None:
-        if self._fenced(claim, lambda: self.jobs.retry(claim, 0, "HTTP 529", Usage())):
-            job = self.model.jobs[claim.id]
-            if job.cancel_requested:
-                self.model.finish(job, succeeded=False, text="")
-            else:
-                self.model.requeue([job])
-                job.api_retries += 1
-
-    def _fenced(self, claim: Job, write: Callable[[], object]) -> bool:
-        """Whether a write was its owner's; any other is refused."""
-        if self.model.owns(claim):
-            write()
-            return True
-        with pytest.raises(LeaseLost):
-            write()
+    @precondition(lost)
+    @rule(claim=one_of(lost))
+    def write_late(self, claim: Job) -> None:
+        """Whatever an owner writes that has lost its job, it is refused."""
+        for write in (
+            lambda: self.jobs.record_route(claim, Route.MATCH, "it fits"),
+            lambda: self.jobs.begin_run(claim, self.subagent.id, self.subagent.version, "it runs"),
+            lambda: self.jobs.finish(claim, SUCCEEDED),
+            lambda: self.jobs.finish(claim, FAILED),
+            lambda: self.jobs.interrupt(claim, "the slot died", Usage()),
+            lambda: self.jobs.retry(claim, 0, "HTTP 529", Usage()),
+        ):
+            with pytest.raises(LeaseLost):
+                write()
         self.model.reached["late owner"] += 1
-        return False
 
     # questions ---------------------------------------------------------------------------------------------------
 
+    @has_owned
+    @rule(claim=one_of(owned))
+    def cancel_a_run(self, claim: Job) -> None:
+        job = self.model.jobs[claim.id]
+        self._ask(Question(Action.CANCEL, job.id, job.caller), job if job.channel != "none" else None)
+        assert job.owner is not None
+        wanted = {each.id for each in self.model.running(job.owner) if each.cancel_requested}
+        assert self.recovery.to_cancel(job.owner) == wanted
+
     @has_jobs
-    @rule(
-        job=one_of(jobs_of),
-        caller=st.sampled_from([None, "u-1", "u-2", "its own", "its own"]),
-        action=st.sampled_from(Action),
-    )
+    @rule(job=one_of(jobs_of), caller=st.sampled_from(["its own", "u-1", None]), action=ACTION)
     def ask_by_id(self, job: ModelJob, caller: str | None, action: Action) -> None:
         caller = job.caller if caller == "its own" else caller
         visible = job.channel != "none" and caller == job.caller
         self._ask(Question(action, job.id, caller), job if visible else None)
 
     @has_jobs
-    @rule(caller=st.sampled_from(["u-1", "u-2"]), action=st.sampled_from(Action))
+    @rule(caller=st.sampled_from(["u-1", "u-2"]), action=ACTION)
     def ask_about_the_latest(self, caller: str, action: Action) -> None:
         self._ask(Question(action, None, caller), self.model.latest(caller))
 
@@ -259,12 +259,6 @@ class JobsMachine(RuleBasedStateMachine):
             job.result,
             job.callback.state if job.callback else None,
         )
-
-    @any_job(lambda job: job.state == "running" and job.cancel_requested)
-    @rule(owner=OWNER)
-    def look_for_cancelled_runs(self, owner: str) -> None:
-        wanted = {job.id for job in self.model.running(owner) if job.cancel_requested}
-        assert self.recovery.to_cancel(owner) == wanted
 
     @any_job(lambda job: job.state == "queued" and job.cancel_requested)
     @rule()

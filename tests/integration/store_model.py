@@ -96,9 +96,9 @@ class Model:
 
     def _readdress(self, job: ModelJob, url: str) -> None:
         job.channel, job.callback_url = "callback", url
-        if job.callback is not None and job.callback.state == "pending":
-            job.callback.channel, job.callback.is_due = "callback", True
-            self.reached["readdressed in the outbox"] += 1
+        if (sent := job.callback) is not None and sent.state in ("pending", "dead"):
+            self.reached[f"readdressed while {sent.state}"] += 1
+            sent.channel, sent.state, sent.is_due, sent.is_old = "callback", "pending", True, False
 
     # runs --------------------------------------------------------------------------------------------------------
 
@@ -148,6 +148,13 @@ class Model:
         for job in again:
             job.interruptions += 1
         return {job.id for job in again}, set(last)
+
+    def retry(self, job: ModelJob) -> None:
+        if job.cancel_requested:
+            self.finish(job, succeeded=False, text="")
+            return
+        self.requeue([job])
+        job.api_retries += 1
 
     def requeue(self, jobs: Sequence[ModelJob]) -> None:
         """In its old place: by its age, as it is now."""

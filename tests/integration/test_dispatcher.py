@@ -15,11 +15,11 @@ import pytest
 
 from pokestrator import dispatcher as dispatcher_module
 from pokestrator import sweeping as sweeping_module
-from pokestrator.dispatcher import Dispatcher, owner_name
+from pokestrator.dispatcher import Dispatcher
 from pokestrator.errors import LeaseLost, StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import Job, JobState, Outcome
-from pokestrator.liveness import Liveness
+from pokestrator.liveness import Liveness, owner_name
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database

@@ -167,7 +167,7 @@ def test_renew_keeps_only_what_is_still_owned(jobs: Jobs, database_url: str) -> 
     jobs.finish(ended, DONE)
     rows(database_url, "UPDATE jobs SET lease_until = now() WHERE state = 'running'")
     before = job_row(database_url, released.id)["lease_until"]
-    assert jobs.renew([kept, released, ended], 60) == {kept.id}
+    assert jobs.renew([kept, released, ended], 60) == {(kept.id, kept.claim_seq)}
     assert job_row(database_url, released.id)["lease_until"] == before
     row = rows(database_url, "SELECT extract(epoch FROM lease_until - now()) AS left FROM jobs WHERE id = %s", kept.id)
     assert 50 < row[0]["left"] <= 60
@@ -339,7 +339,7 @@ def test_what_postgresql_cannot_hold_is_taken_out_of_what_agents_write(
     jobs: Jobs, database_url: str, history: History
 ) -> None:
     job = claimed(jobs)
-    history.add_event(job.id, "text", "a\x00b\ud800c")
+    jobs.note(job, "text", "a\x00b\ud800c")
     jobs.record_route(job, Route.BUILD_NEW, "nothing fits")
     jobs.finish(job, Outcome(JobState.FAILED, "d\x00e\udfff", ErrorKind.INTERNAL, "\x00f"))
     assert [event.text for event in history.timeline(job.id) if event.kind == "text"] == ["ab?c"]
