@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from structlog.typing import EventDict
 
@@ -18,6 +20,7 @@ from pokestrator.claude.pool import Slots
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.errors import StoreUnavailable, TryAgainLater
+from pokestrator.intake import new_job
 from pokestrator.jobs import JobState
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.service import ACCEPTED, ACCEPTED_FROM_MEMORY, BUSY_WITHOUT_DATABASE
@@ -125,10 +128,24 @@ def test_a_task_that_a_template_fits_runs_from_memory_and_its_result_arrives(
     assert received.headers["authorization"] == f"Bearer {TOKEN}"
 
 
+def test_a_call_that_comes_again_while_its_task_runs_from_memory_is_not_run_twice(
+    application: Application, inbox: Inbox
+) -> None:
+    steps = {"text": "From memory, once.", "delay": 1}
+    first, again = (new_job(POET_TASK, f"SCRIPT: {json.dumps([steps])}", caller="u-1") for _ in range(2))
+    acknowledged = [application.accept(first), application.accept(again)]
+    assert [ack.request_id for ack in acknowledged] == [first.id, first.id]
+    assert [(ack.durable, ack.duplicate) for ack in acknowledged] == [(False, False), (False, True)]
+    assert len(inbox.wait_for(1, 25)) == 1
+    assert len(inbox.wait_for(2, 2)) == 1
+    # Once it has ended, the same words are a new task.
+    assert application.accept(new_job(POET_TASK, first.metadata, caller="u-1")).duplicate is False
+
+
 def test_a_result_from_memory_is_tried_again(
     application: Application, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pokestrator.delivery.WAITS", (0.1, 0.1, 0.1))
+    monkeypatch.setattr("pokestrator.schedule.WAITS", (0.1, 0.1, 0.1))
     inbox.answer_with([{"status": 500}, {"close": True}])
     application.accept(task(POET_TASK, {"text": "From memory."}))
     received = inbox.wait_for(3, 15)
@@ -253,6 +270,21 @@ def test_a_commit_whose_answer_was_lost_is_stored_once_and_never_run_from_memory
     assert application.accept(job).durable
     assert contents(inbox.wait_for(1, 15)) == ["Once."]
     assert len(rows(empty_database_url, "SELECT id FROM jobs")) == 1
+
+
+def test_a_database_that_is_only_busy_is_not_taken_for_away(
+    application: Application, network: Forwarder, api: MessagesApi, empty_database_url: str
+) -> None:
+    come_up(application, network)
+    seen = len(api.requests)
+    job = new_job(POET_TASK, caller="u-1")
+    assert job.idempotency is not None
+    with psycopg.connect(empty_database_url) as another:
+        # As if another instance were storing the same call.
+        another.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [job.idempotency.key])
+        with pytest.raises(TryAgainLater, match="busy"):
+            application.accept(job)
+    assert len(api.requests) == seen
 
 
 def test_a_commit_that_cannot_be_settled_is_refused(
