@@ -158,7 +158,7 @@ def test_a_start_that_cannot_be_names_the_setting(
 
 def test_a_blank_number_of_workers_counts_as_unset(service_environment: Environment) -> None:
     with LocalService({**service_environment, "WEB_CONCURRENCY": " "}) as service:
-        assert healthz(service)["status"] == "ok"
+        assert eventually(lambda: healthz(service)["status"] == "ok")
         assert len(children(service.pid)) == 1
 
 
