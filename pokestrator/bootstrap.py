@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.pool import Claude, Inline, Slots
-from pokestrator.delivery import Delivery
+from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
@@ -181,7 +181,7 @@ def build(
     def abort_runs() -> None:
         stopping.set()
         runs.close()
-        delivery.stop()
+        delivery.stop(max(LEAVE_SECONDS, dispatcher.drain_left()))
 
     owner, liveness = owner_name(), Liveness(settings.data_dir.expanduser() / OWNERS_FOLDER)
     claims, heartbeats = database.line(), database.line()

@@ -127,6 +127,10 @@ class Dispatcher:
             self._drain_from = time.monotonic()
         self._draining = True
 
+    def drain_left(self) -> float:
+        """Seconds of the drain time that are left, at least 0."""
+        return max(0.0, self._drain_from + self._drain_seconds - time.monotonic())
+
     def close(self) -> None:
         """Let runs end for the drain time, release what is left, end the threads."""
         self.request_drain()
@@ -139,7 +143,7 @@ class Dispatcher:
 
     def _drain(self) -> None:
         log.info("draining", running=len(self._running), seconds=self._drain_seconds)
-        while self._is_busy() and (left := self._drain_from + self._drain_seconds - time.monotonic()) > 0:
+        while self._is_busy() and (left := self.drain_left()) > 0:
             self._wake.clear()
             self._cancel_while_draining(min(left, POLL_SECONDS))
             if self._is_busy():

@@ -55,12 +55,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What came of one POST. `status` is None when there was no answer (or nothing was sent: dry run)."""
+    """What came of one POST. `status` is None when there was no answer (or nothing was sent: dry run).
+
+    `is_unsent`: certainly not a byte of it was sent, because this Poke was closed.
+    """
 
     delivered: bool
     status: int | None = None
     error: str = ""
     retry_after_seconds: float | None = None
+    is_unsent: bool = False
+
+
+NOT_SENT = Receipt(False, None, "not sent: this instance is leaving", is_unsent=True)
 
 
 class Poke:
@@ -111,7 +118,7 @@ class Poke:
         post = _Post()
         with self._lock:
             if self._is_closed:
-                return Receipt(False, None, "not sent: this instance is leaving")
+                return NOT_SENT
             self._posts.add(post)
         _post_of_thread.set(post)
         try:
@@ -120,9 +127,11 @@ class Poke:
             with self._lock:
                 self._posts.discard(post)
             post.forget()
+        if post.is_cut_unconnected and self._is_closed:
+            return NOT_SENT
         if post.is_cut and receipt.status is None:
             seconds = round(time.monotonic() - post.began)
-            return Receipt(False, None, f"broken off after {seconds} s at {urlsplit(url).hostname}")
+            return Receipt(False, None, f"broken off after {seconds} s at {_host_name(url)}")
         return receipt
 
 
@@ -132,6 +141,8 @@ class _Post:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.is_cut = False
+        self.is_cut_unconnected = False  # then nothing is sent: its connection is shut before anything is
+        self._is_over = False
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
 
@@ -139,20 +150,29 @@ class _Post:
         # A copy, which nobody else closes: the number of a closed one may be somebody else's by the time of a cut.
         with self._lock:
             self._socket = socket.fromfd(connection.fileno(), connection.family, connection.type)
-        if self.is_cut:
-            self.cut()
+            if self.is_cut:
+                self._shut_down(self._socket)
 
     def cut(self) -> None:
-        self.is_cut = True
-        with self._lock, suppress(OSError):  # the receiver may just have hung up
+        with self._lock:
+            if self._is_over:
+                return
             if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
+                self._shut_down(self._socket)
+            else:
+                self.is_cut_unconnected = True
+            self.is_cut = True
 
     def forget(self) -> None:
         with self._lock:
+            self._is_over = True
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
+
+    def _shut_down(self, connection: socket.socket) -> None:
+        with suppress(OSError):  # the receiver may just have hung up
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 _post_of_thread: ContextVar[_Post] = ContextVar("post")
@@ -188,10 +208,17 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
 
 
+class _Session(requests.Session):
+    """Takes a redirect as the answer. requests parses it, and reads all of its body, even where it must not follow."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
 def _send(url: str, token: str, body: dict[str, Any], idempotency_key: str) -> Receipt:
     headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": idempotency_key}
     try:
-        with requests.Session() as session:
+        with _Session() as session:
             session.trust_env = False  # a ~/.netrc entry would replace our Authorization
             for scheme in ("http://", "https://"):
                 session.mount(scheme, _Adapter())
@@ -204,9 +231,16 @@ def _send(url: str, token: str, body: dict[str, Any], idempotency_key: str) -> R
                 stream=True,
             ) as response:
                 return _receipt(response)
-    except (requests.RequestException, UnicodeError) as error:
+    except (requests.RequestException, ValueError) as error:
         # The error's own text may hold the whole URL, which can be a secret.
-        return Receipt(False, None, f"{type(error).__name__} at {urlsplit(url).hostname}")
+        return Receipt(False, None, f"{type(error).__name__} at {_host_name(url)}")
+
+
+def _host_name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or "no host"
+    except ValueError:
+        return "no address"
 
 
 def _receipt(response: requests.Response) -> Receipt:

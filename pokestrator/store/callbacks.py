@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -157,10 +157,13 @@ class Callbacks:
         job_id: uuid.UUID | None = None,
         *,
         busy: Sequence[str] = (),
+        busy_hosts: Sequence[str] = (),
+        not_ids: Sequence[uuid.UUID] = (),
     ) -> list[Callback]:
-        """Take up to `limit` callbacks whose time has come, on these channels and at no callback URL among `busy`.
+        """Take up to `limit` callbacks whose time has come, on these channels.
 
-        With `job_id`, only that job's.
+        None of them at a callback URL among `busy` or at a host (as `host_of` says it) among `busy_hosts`, and none
+        among `not_ids`. With `job_id`, only that job's.
         """
         values = {
             "hold": HOLD_SECONDS,
@@ -168,37 +171,43 @@ class Callbacks:
             "limit": limit,
             "job_id": job_id,
             "busy": list(busy),
+            "busy_hosts": list(busy_hosts),
+            "host": HOST_IN_URL,
+            "not_ids": list(not_ids),
         }
         with self._source.connection() as connection:
             return [_callback(row) for row in connection.execute(CLAIM_DUE, values)]
 
     def delivered(self, callback: Callback, status: int | None) -> None:
         event = ("delivered", f"{callback.channel}: {status or 'dry run'}")
-        self._write(DELIVERED, callback, status=status, event=event)
+        with self._source.connection() as connection:
+            if connection.execute(DELIVERED, {**_claim(callback), "status": status}).rowcount:
+                write_event(connection, callback.job_id, *event)
 
     def dead(self, callback: Callback, status: int | None, error: str) -> None:
-        """To the dead letters: kept with the reason, replayable."""
-        self._write(DEAD, callback, status=status, error=storable(error), event=("callback dead", error))
+        """To the dead letters: kept with the reason, replayable. Its new address, if it was given one, is tried."""
+        self._fail(DEAD, callback, {"status": status, "error": storable(error)}, ("callback dead", error))
 
     def retry(
         self, callback: Callback, status: int | None, error: str, *, wait_seconds: float, channel: Channel
     ) -> None:
-        """Try again after `wait_seconds`, on `channel`."""
-        event = ("callback failed", f"{error}; next try in {wait_seconds:.0f} s")
-        values = {
-            "status": status,
-            "error": storable(error),
-            "wait": wait_seconds,
-            "was": callback.channel,
-            "channel": channel,
-        }
-        self._write(RETRY, callback, event=event, **values)
+        """Try again after `wait_seconds`, on `channel`; at its new address, if it was given one, at once."""
+        values = {"status": status, "error": storable(error), "wait": wait_seconds, "channel": channel}
+        self._fail(RETRY, callback, values, ("callback failed", f"{error}; next try in {wait_seconds:.0f} s"))
 
-    def _write(self, sql: str, callback: Callback, *, event: tuple[str, str], **values: object) -> None:
+    def give_back(self, callback: Callback) -> None:
+        """Due at once for any sender: nothing of it was sent, and the claim does not count as a try."""
         with self._source.connection() as connection:
-            done = connection.execute(sql, {"id": callback.id, "attempt": callback.attempt, **values})
-            if done.rowcount:
+            connection.execute(GIVE_BACK, _claim(callback))
+
+    def _fail(self, sql: str, callback: Callback, failure: Mapping[str, object], event: tuple[str, str]) -> None:
+        values = {**_claim(callback), **failure}
+        with self._source.connection() as connection:
+            if connection.execute(sql, values).rowcount:
                 write_event(connection, callback.job_id, *event)
+            elif connection.execute(FAILED_BEFORE_ITS_SCHEDULE, values).rowcount:
+                text = f"{failure['error']}; its tries have begun anew meanwhile"
+                write_event(connection, callback.job_id, "callback failed", text)
 
     # upkeep ----------------------------------------------------------------------------------------------------
 
@@ -248,6 +257,17 @@ class Callbacks:
         with self._source.connection() as connection:
             row = connection.execute(sql, values).fetchone()
             return 0 if row is None else int(row["count"])
+
+
+def host_of(url: str) -> str:
+    """The host of a URL with its port, in lower case; "" where there is none."""
+    found = re.search(HOST_IN_URL, url)
+    return found[1].lower() if found else ""
+
+
+def _claim(callback: Callback) -> dict[str, object]:
+    """Names a claim: what is written about another one changes nothing."""
+    return {"id": callback.id, "attempt": callback.attempt}
 
 
 def _callback(row: DictRow) -> Callback:

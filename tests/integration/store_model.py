@@ -20,9 +20,13 @@ class ModelCallback:
     content: str
     state: str = "pending"
     attempts: int = 0
+    attempts_before: int = 0  # its schedule began
     is_held: bool = False  # by a sender
     is_due: bool = True
     is_old: bool = False  # ended longer ago than anything is kept
+
+    def begin_anew(self) -> None:
+        self.state, self.is_due, self.is_old, self.attempts_before = "pending", True, False, self.attempts
 
 
 @dataclass
@@ -98,7 +102,8 @@ class Model:
         job.channel, job.callback_url = "callback", url
         if (sent := job.callback) is not None and sent.state in ("pending", "dead"):
             self.reached[f"readdressed while {sent.state}"] += 1
-            sent.channel, sent.state, sent.is_due, sent.is_old = "callback", "pending", True, False
+            sent.channel = "callback"
+            sent.begin_anew()
 
     # runs --------------------------------------------------------------------------------------------------------
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from pokestrator import delivery as delivery_module
 from pokestrator import poke as poke_module
-from pokestrator.delivery import PER_RECEIVER, SENDERS, Delivery
+from pokestrator.delivery import PER_HOST, PER_RECEIVER, SENDERS, Delivery
 from pokestrator.demo.inbox import Inbox
+from pokestrator.errors import StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackTarget
 from pokestrator.poke import Poke
-from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.callbacks import Callback, Callbacks
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from tests.integration.flow import POKE_KEY, TOKEN, callback_row, captured_logs, contents, eventually, rows
-from tests.integration.outbox import delivering, finished, make_due, reaches
+from tests.integration.outbox import change, delivering, failed_once, finished, make_due, reaches
 
 FAR = 1_000.0  # seconds: what polls this seldom acts only when it is woken
 SLOW = {"delay": 30}
@@ -76,13 +78,34 @@ def test_a_slow_message_api_holds_up_no_callback_url(
         assert len(slow.received) == PER_RECEIVER
 
 
+def test_a_slow_host_with_another_url_for_each_callback_leaves_half_of_the_senders_to_others(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox
+) -> None:
+    held_up = [finished(jobs, f"Slow {number}.", inbox=slow) for number in range(SENDERS + 4)]
+    with delivering(database, inbox) as delivery:
+        assert len(slow.wait_for(PER_HOST, 20)) == PER_HOST
+        started = time.monotonic()
+        quick = [finished(jobs, "By message."), finished(jobs, "By callback.", inbox=inbox)]
+        delivery.wake()
+        for job_id in quick:
+            reaches(database_url, job_id, "delivered")
+        assert time.monotonic() - started < 4
+        assert len(slow.wait_for(PER_HOST + 1, 1.5)) == PER_HOST  # a second and more: the poll has looked again
+    assert sum(callback_row(database_url, job_id)["attempts"] for job_id in held_up) == PER_HOST
+
+
 def test_there_are_never_more_senders_than_allowed(jobs: Jobs, database: Database, inbox: Inbox, slow: Inbox) -> None:
-    for _ in range(SENDERS + 5):
-        finished(jobs, inbox=slow)
-    with delivering(database, inbox):
-        assert len(slow.wait_for(SENDERS, 20)) == SENDERS
-        assert len(senders()) == SENDERS
-        assert len(slow.wait_for(SENDERS + 1, 1.5)) == SENDERS  # a second and more: the poll has looked again
+    with Inbox() as also_slow:
+        also_slow.answer_with([SLOW] * 100)
+        for _ in range(PER_HOST):
+            finished(jobs, inbox=slow)
+            finished(jobs, inbox=also_slow)
+        for _ in range(5):
+            finished(jobs)
+        with delivering(database, inbox):
+            assert len(slow.wait_for(PER_HOST, 20)) == len(also_slow.wait_for(PER_HOST, 20)) == PER_HOST
+            assert len(senders()) == SENDERS == 2 * PER_HOST
+            assert inbox.wait_for(1, 1.5) == []  # a second and more: the poll has looked again
     assert eventually(lambda: senders() == [])
 
 
@@ -98,6 +121,66 @@ def test_a_receiver_that_is_slow_beyond_the_time_of_a_post_is_broken_off(
     assert (row["state"], row["last_status"], row["lease_until"]) == ("pending", None, None)
     assert row["last_error"].startswith("broken off after ")
     assert row["last_error"].endswith(" s at 127.0.0.1")
+
+
+class Hanging(Callbacks):
+    """An outbox whose database hangs from the second claim on, or while a delivery is recorded."""
+
+    def __init__(self, database: Database, *, claims: bool = False, records: bool = False) -> None:
+        super().__init__(database)
+        self.comes_back = threading.Event()
+        self.failures = 0
+        self._claims_left = 1 if claims else 1_000
+        self._records = records
+
+    def claim_due(self, *args: Any, **options: Any) -> list[Callback]:
+        if self._claims_left <= 0:
+            assert self.comes_back.wait(30)
+        claimed = super().claim_due(*args, **options)
+        self._claims_left -= len(claimed)
+        return claimed
+
+    def delivered(self, callback: Callback, status: int | None) -> None:
+        if self._records and not self.comes_back.is_set():
+            self.failures += 1
+            raise StoreUnavailable("away")
+        super().delivered(callback, status)
+
+
+def test_a_post_that_takes_too_long_is_broken_off_while_the_database_hangs(
+    jobs: Jobs, database: Database, database_url: str, slow: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poke_module, "POST_SECONDS", 0.5)
+    monkeypatch.setattr(delivery_module, "POLL_SECONDS", 0.1)
+    job_id, outbox = finished(jobs, inbox=slow), Hanging(database, claims=True)
+    delivery = Delivery(outbox, Poke(slow.message_url, POKE_KEY, dry_run=False))
+    delivery.start()
+    try:
+        assert eventually(failed_once(database_url, job_id))
+        assert not outbox.comes_back.is_set()
+        assert callback_row(database_url, job_id)["last_error"].startswith("broken off after ")
+    finally:
+        outbox.comes_back.set()
+        delivery.close(0.2)
+
+
+def test_what_waits_to_be_recorded_is_not_sent_again_by_its_own_process_when_its_hold_lapses(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery_module, "POLL_SECONDS", 0.1)
+    job_id, outbox = finished(jobs), Hanging(database, records=True)
+    delivery = Delivery(outbox, Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery.start()
+    try:
+        assert eventually(lambda: outbox.failures > 0)
+        change(database_url, job_id, "lease_until = now() - interval '1 second'")
+        seen = outbox.failures
+        assert eventually(lambda: outbox.failures > seen + 10)  # a second: the watch has looked often
+        outbox.comes_back.set()
+        row = reaches(database_url, job_id, "delivered")
+    finally:
+        delivery.close(0.2)
+    assert row["attempts"] == len(inbox.received) == 1
 
 
 # two instances -------------------------------------------------------------------------------------------------------
@@ -141,6 +224,7 @@ def test_leaving_breaks_a_slow_receiver_off_and_another_instance_sends_it_again(
     leaving.close(0.3)
     assert time.monotonic() - started < 2
     assert senders() == []
+    assert eventually(lambda: [each for each in threading.enumerate() if each.name.startswith("delivery")] == [])
     row = callback_row(database_url, job_id)
     assert (row["state"], row["lease_until"]) == ("pending", None)
     assert row["last_error"].startswith("broken off after ")
@@ -162,6 +246,34 @@ def test_what_is_due_when_it_leaves_is_still_posted(
     late = finished(jobs)
     delivery.wake()
     assert callback_row(database_url, late)["attempts"] == 0
+
+
+def test_what_could_not_be_sent_any_more_is_left_to_others_as_if_never_claimed(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
+) -> None:
+    job_id = finished(jobs)
+    poke = Poke(inbox.message_url, POKE_KEY, dry_run=False)
+    poke.close()
+    Delivery(Callbacks(database), poke).deliver(job_id)
+    row = callback_row(database_url, job_id)
+    assert (row["state"], row["lease_until"], row["last_error"]) == ("pending", None, None)
+    assert row["attempts"] == row["attempts_before"] > 0
+    with delivering(database, inbox):
+        reaches(database_url, job_id, "delivered", 4)
+    assert len(inbox.received) == 1
+
+
+def test_the_time_to_leave_is_what_the_first_stop_said(
+    jobs: Jobs, database: Database, database_url: str, inbox: Inbox
+) -> None:
+    inbox.answer_with([{"delay": 1.5}])
+    job_id = finished(jobs)
+    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery.start()
+    assert inbox.wait_for(1, 10)
+    delivery.stop(10)
+    delivery.close(0.1)
+    assert callback_row(database_url, job_id)["state"] == "delivered"
 
 
 def test_a_delivery_that_was_never_started_can_be_closed(database: Database, inbox: Inbox) -> None:

@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import CallbackState, Channel
 from pokestrator.poke import POST_SECONDS
-from pokestrator.store.callbacks import CLAIM_DUE, HOLD_SECONDS, Callback, Callbacks
+from pokestrator.store.callbacks import CLAIM_DUE, HOLD_SECONDS, HOST_IN_URL, Callback, Callbacks, host_of
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
@@ -67,6 +67,41 @@ def test_a_claim_passes_over_busy_urls_and_channels_that_are_not_asked_for(jobs:
     assert [each.job_id for each in callbacks.claim_due(both, 5, busy=["https://other.invalid/"])] == [to_url]
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://poke.invalid/callback/1?a=b#c", "poke.invalid"),
+        ("https://Poke.Invalid:8443/callback//x@y", "poke.invalid:8443"),
+        ("http://[::1]:80", "[::1]:80"),
+        ("https://poke.invalid?one", "poke.invalid"),
+        ("https://one:secret@poke.invalid/", "poke.invalid"),
+        ("https://poke.invalid#@other.invalid/", "poke.invalid"),
+    ],
+)
+def test_a_claim_passes_over_busy_hosts(jobs: Jobs, callbacks: Callbacks, url: str, host: str) -> None:
+    assert host_of(url) == host
+    both = list(Channel)[:2]
+    to_url, by_message = finished(jobs, url=url), finished(jobs)
+    others = ["other.invalid", "", "invalid", "poke.invalid:1"]
+    assert [each.job_id for each in callbacks.claim_due(both, 5, busy_hosts=[*others, host])] == [by_message]
+    assert [each.job_id for each in callbacks.claim_due(both, 5, busy_hosts=others)] == [to_url]
+
+
+def test_the_message_api_has_no_host_of_callback_urls() -> None:
+    assert host_of(Channel.API_MESSAGE) == ""
+
+
+def test_a_claim_passes_over_what_its_process_still_has_in_hand(
+    jobs: Jobs, callbacks: Callbacks, database_url: str
+) -> None:
+    finished(jobs)
+    mine = claimed(callbacks)
+    change(database_url, mine.job_id, "lease_until = now() - interval '1 second'")
+    assert callbacks.claim_due(API, 1, not_ids=[uuid.uuid4(), mine.id]) == []
+    [other] = callbacks.claim_due(API, 1, not_ids=[uuid.uuid4()])
+    assert (other.id, other.attempt) == (mine.id, 2)
+
+
 def test_a_callback_that_fell_back_is_claimed_while_its_url_is_busy(
     jobs: Jobs, callbacks: Callbacks, database_url: str
 ) -> None:
@@ -115,7 +150,16 @@ def test_claims_stay_on_their_index_among_many_delivered_callbacks(database_url:
             SELECT id, 'Done.', 'api_message', 'delivered', now() FROM jobs"""
         )
         connection.execute("ANALYZE jobs, callbacks")
-        values = {"hold": 60, "channels": ["callback", "api_message"], "limit": 1, "job_id": None, "busy": [URL]}
+        values = {
+            "hold": 60,
+            "channels": ["callback", "api_message"],
+            "limit": 1,
+            "job_id": None,
+            "busy": [URL],
+            "busy_hosts": ["poke.invalid"],
+            "host": HOST_IN_URL,
+            "not_ids": [uuid.uuid4()],
+        }
         plan = connection.execute(f"EXPLAIN {CLAIM_DUE}".encode(), values).fetchall()
     text = "\n".join(line["QUERY PLAN"] for line in plan)
     assert "using callbacks_due" in text

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from pokestrator import delivery
-from pokestrator.delivery import LONGEST_ASKED_WAIT, WAITS, Delivery, NextTry, is_worth_retrying, next_try, wait_after
+from pokestrator import delivery, schedule
+from pokestrator.delivery import Delivery
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.poke import Message, Poke, Receipt
+from pokestrator.poke import NOT_SENT, Message, Poke, Receipt
+from pokestrator.schedule import LONGEST_ASKED_WAIT, WAITS, NextTry, is_worth_retrying, next_try, wait_after
 from pokestrator.store.callbacks import Callback, Callbacks
+from tests.integration.flow import captured_logs
 
 SECOND, MINUTE, HOUR, DAY = 1, 60, 3_600, 86_400
 LAST_TRY = len(WAITS) + 1
@@ -68,7 +70,7 @@ def test_asking_for_an_hour_shortens_no_longer_wait() -> None:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    result = doctest.testmod(delivery)
+    result = doctest.testmod(schedule)
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
@@ -80,19 +82,19 @@ URL, API = Channel.CALLBACK, Channel.API_MESSAGE
 @pytest.mark.parametrize("status", [None, 408, 425, 429, 500, 502, 503, 504, 529, 599])
 @pytest.mark.parametrize("channel", [URL, API])
 def test_no_answer_a_fault_and_not_now_are_worth_another_try(status: int | None, channel: Channel) -> None:
-    assert is_worth_retrying(Receipt(False, status), channel)
+    assert is_worth_retrying(status, channel)
 
 
 @pytest.mark.parametrize("status", [200, 204, 400, 401, 403, 404, 405, 409, 410, 413, 422, 451])
 @pytest.mark.parametrize("channel", [URL, API])
 def test_any_other_refusal_is_not(status: int, channel: Channel) -> None:
-    assert not is_worth_retrying(Receipt(False, status), channel)
+    assert not is_worth_retrying(status, channel)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_a_fault_of_a_callback_url_and_a_refusal_by_the_message_api(status: int) -> None:
-    assert is_worth_retrying(Receipt(False, status), URL)
-    assert not is_worth_retrying(Receipt(False, status), API)
+    assert is_worth_retrying(status, URL)
+    assert not is_worth_retrying(status, API)
 
 
 MINUTES_10 = 10 * MINUTE
@@ -135,13 +137,11 @@ def test_what_follows_a_failure(
     channels: tuple[Channel, ...],
     then: NextTry | None,
 ) -> None:
-    receipt = Receipt(False, status, "why")
-    assert next_try(receipt, channel=channel, tries=tries, age_seconds=age, channels=channels) == then
+    assert next_try(status, channel=channel, tries=tries, age_seconds=age, channels=channels) == then
 
 
 def test_what_a_receiver_asks_for_does_not_put_the_message_api_off() -> None:
-    receipt = Receipt(False, 429, "why", 3_600.0)
-    then = next_try(receipt, channel=URL, tries=1, age_seconds=100, channels=(URL, API))
+    then = next_try(429, 3_600.0, channel=URL, tries=1, age_seconds=100, channels=(URL, API))
     assert then == NextTry(500, API)
 
 
@@ -156,7 +156,10 @@ class Outbox:
         self.written: list[tuple[Any, ...]] = []
         self.claimed = False
 
-    def claim_due(self, channels: tuple[Channel, ...], limit: int, job_id: uuid.UUID) -> list[Callback]:
+    def claim_due(
+        self, channels: tuple[Channel, ...], limit: int, job_id: uuid.UUID, *, not_ids: list[uuid.UUID]
+    ) -> list[Callback]:
+        assert not_ids == []
         assert (limit, job_id) == (1, self.callback.job_id)
         self.claimed, claimed = True, self.claimed
         return [self.callback] if self.callback.channel in channels and not claimed else []
@@ -172,22 +175,27 @@ class Outbox:
     ) -> None:
         self.written.append(("retry", status, error, wait_seconds, channel))
 
+    def give_back(self, callback: Callback) -> None:
+        self.written.append(("given back",))
+
 
 class Postman:
-    """Answers every message with one receipt."""
+    """Answers every message with one receipt, or fails as none should."""
 
     channels = tuple(Channel)
 
-    def __init__(self, receipt: Receipt) -> None:
+    def __init__(self, receipt: Receipt | Exception) -> None:
         self.receipt = receipt
         self.sent: list[Message] = []
 
     def send(self, message: Message) -> Receipt:
         self.sent.append(message)
+        if isinstance(self.receipt, Exception):
+            raise self.receipt
         return self.receipt
 
 
-def written(receipt: Receipt, *, tries: int = 1, channel: Channel = Channel.API_MESSAGE) -> tuple[Any, ...]:
+def written(receipt: Receipt | Exception, *, tries: int = 1, channel: Channel = Channel.API_MESSAGE) -> tuple[Any, ...]:
     """What the outbox holds after this receipt."""
     target = CallbackTarget("https://poke.invalid/c", "token") if channel is Channel.CALLBACK else None
     callback = Callback(uuid.uuid4(), uuid.uuid4(), "a task", "a result", channel, target, 100 + tries, tries, 0.0)
@@ -218,6 +226,22 @@ def test_a_fault_is_tried_again_on_the_same_channel_with_a_jitter_of_a_fifth() -
 def test_the_receivers_own_wait_is_kept() -> None:
     assert written(Receipt(False, 429, "HTTP 429", 900.0))[3] == 900
     assert written(Receipt(False, 429, "HTTP 429", float("inf")))[3] == LONGEST_ASKED_WAIT
+
+
+def test_a_fault_of_ours_is_recorded_as_a_try_and_tried_again_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    with captured_logs(monkeypatch, delivery) as logs:
+        kind, status, error, wait, channel = written(RuntimeError("https://poke.invalid/secret"), tries=2)
+    assert (kind, status, error, channel) == ("retry", None, "RuntimeError", Channel.API_MESSAGE)
+    assert 24 <= wait <= 36
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["post_failed"]
+
+
+def test_a_fault_of_ours_in_the_last_try_ends_in_the_dead_letters() -> None:
+    assert written(KeyError("x"), tries=12) == ("dead", None, "KeyError")
+
+
+def test_what_was_certainly_not_sent_is_given_back() -> None:
+    assert written(NOT_SENT, tries=12) == ("given back",)
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404, 422])

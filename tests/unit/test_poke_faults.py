@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pokestrator import poke
 from pokestrator.demo.inbox import Inbox
-from pokestrator.poke import Poke, Receipt
+from pokestrator.poke import NOT_SENT, Poke, Receipt
 from tests.unit.poke_calls import KEY, TOKEN, answering, by_callback, by_message_api, head, message, send_to
 
 
@@ -84,22 +85,39 @@ def test_where_the_body_makes_no_sense_the_status_counts(headers: list[str], bod
     assert (receipt.delivered, receipt.status) == (status == 200, status)
 
 
+@pytest.mark.parametrize("location", ["http://[", "//[", "http://h:port/", "\xff\xfe", "", "/elsewhere"])
+def test_a_redirect_is_not_even_read(location: str) -> None:
+    answer = head(302, f"Location: {location}", "Content-Length: 20").replace("ÿþ".encode(), b"\xff\xfe")
+    with answering(lambda connection: connection.sendall(answer + b'{"error": "moved"}  ')) as url:
+        assert send_to(url) == Receipt(False, 302, "HTTP 302 moved")
+
+
+@pytest.mark.parametrize("url", ["http://[", "https://poke.invalid:port/", "nonsense", "http://", "https://\ud800/"])
+def test_an_address_that_is_none_is_an_error_without_it(url: str) -> None:
+    receipt = by_callback(url)
+    assert (receipt.delivered, receipt.status, receipt.is_unsent) == (False, None, False)
+    assert receipt.error
+    assert url not in receipt.error
+
+
 def test_what_is_no_http_is_no_answer() -> None:
     with answering(lambda connection: connection.sendall(b"220 mail.example ESMTP\r\n")) as url:
         receipt = send_to(url)
     assert (receipt.delivered, receipt.status) == (False, None)
 
 
-def test_an_endless_answer_is_cut_off() -> None:
+@pytest.mark.parametrize("status", [200, 302])
+def test_an_endless_answer_is_cut_off(status: int) -> None:
     def endless(connection: socket.socket) -> None:
-        connection.sendall(head(200, "Transfer-Encoding: chunked"))
+        connection.sendall(head(status, "Transfer-Encoding: chunked", "Location: /elsewhere"))
         chunk = b"%x\r\n%s\r\n" % (65_536, b" " * 65_536)
         while True:  # until the sender hangs up
             connection.sendall(chunk)
 
     started = time.monotonic()
     with answering(endless) as url:
-        assert send_to(url) == Receipt(delivered=True, status=200)
+        receipt = send_to(url)
+    assert (receipt.delivered, receipt.status) == (status == 200, status)
     assert time.monotonic() - started < 5
 
 
@@ -175,8 +193,52 @@ def test_a_closed_poke_breaks_its_posts_off_and_sends_no_more(inbox: Inbox) -> N
     sender.close()
     thread.join(5)
     assert receipts == [Receipt(False, None, "broken off after 0 s at 127.0.0.1")]
-    assert sender.send(message()) == Receipt(False, None, "not sent: this instance is leaving")
+    assert sender.send(message()) == NOT_SENT
     assert len(inbox.received) == 1
+
+
+@pytest.mark.parametrize("is_leaving", [True, False])
+def test_a_post_that_is_cut_before_it_had_a_connection_sends_nothing(
+    inbox: Inbox, is_leaving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poke, "POST_SECONDS", 0.0)
+    looks_up, goes_on, lookup = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def slow_lookup(*args: Any, **options: Any) -> Any:
+        looks_up.set()
+        assert goes_on.wait(10)
+        return lookup(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_lookup)
+    receipts: list[Receipt] = []
+    sender = Poke(inbox.message_url, KEY, dry_run=False)
+    thread = threading.Thread(target=lambda: receipts.append(sender.send(message())))
+    thread.start()
+    assert looks_up.wait(10)
+    if is_leaving:
+        sender.close()
+    else:
+        sender.cut_overdue()
+    goes_on.set()
+    thread.join(5)
+    # An overdue one counts as a try, sent or not: it is the receiver's name or network that takes so long.
+    assert receipts == [NOT_SENT if is_leaving else Receipt(False, None, "broken off after 0 s at 127.0.0.1")]
+    assert inbox.received == []
+
+
+def test_a_failure_that_a_cut_comes_too_late_for_was_sent(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox.answer_with([{"close": True}])
+    sender = Poke(inbox.message_url, KEY, dry_run=False)
+    forget = poke._Post.forget
+
+    def forget_and_close(post: poke._Post) -> None:
+        sender._posts.add(post)  # as close() may have seen it just before
+        forget(post)
+        sender.close()
+
+    monkeypatch.setattr(poke._Post, "forget", forget_and_close)
+    receipt = sender.send(message())
+    assert (receipt.is_unsent, receipt.error) == (False, "ConnectionError at 127.0.0.1")
 
 
 def test_posts_leave_no_socket_open(inbox: Inbox) -> None:
