@@ -46,7 +46,7 @@ class Sweeper:
         """The database answers again: owners could not renew, and answers to our own claims may be lost."""
         for job_id in self._recovery.release_unknown(self._owner, held):
             log.warning("released", request_id=str(job_id), reason="the answer to its claim was lost")
-        self._clocks = self._recovery.clock(), time.monotonic()
+        self._clock_is_steady()  # it may have jumped meanwhile
         if away_seconds > self._lease_seconds / 4:  # a shorter absence costs nobody a lease
             self._wait_a_lease("until now, owners may have been unable to renew theirs")
 

@@ -175,6 +175,19 @@ def test_when_the_clock_jumps_no_living_owner_loses_a_job_and_orphans_are_still_
 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY, -600])
+def test_also_when_it_jumped_while_the_database_was_away(
+    world: World, settled: Instance, liveness: Liveness, jump: int
+) -> None:
+    other = Instance(world, "elsewhere:1:00000003", liveness, phase=2)
+    others, orphan = running(world, other), claimed(world)
+    world.pass_by(8)
+    world.jump(jump)
+    settled.sweeper.database_back(8, [])
+    assert world.seconds_until("queued", orphan, settled, other) <= PROMISED
+    assert was_left_alone(world, others)
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY, -600])
 def test_a_queued_job_is_claimed_after_the_clock_jumped(world: World, settled: Instance, jump: int) -> None:
     before = new_job("Queued before the clock jumped")
     world.jobs.insert(before)
