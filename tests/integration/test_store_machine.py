@@ -249,4 +249,4 @@ def test_the_store_does_what_its_model_does_whatever_comes_in_whatever_order(
             if batch in BATCHES and set(model.reached) >= REACHED:
                 break
             run_state_machine_as_test(machine if LONG_RUN else seed(batch)(machine), settings=SETTINGS)
-    assert set(model.reached) >= REACHED, model.reached
+    assert LONG_RUN or set(model.reached) >= REACHED, model.reached
