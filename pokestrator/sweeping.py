@@ -63,6 +63,8 @@ class Sweeper:
             self._take_from_the_dead(held)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_SECONDS
+            if brought := self._recovery.bring_forward():
+                log.warning("queue_brought_forward", jobs=len(brought))
             if self._clock_is_steady():
                 self._tell(self._recovery.sweep(held, expired=True), "its lease ran out")
         if now >= self._remove_at:

@@ -38,6 +38,11 @@ WHERE state = 'running' AND owner = %(owner)s
     AND NOT (id, claim_seq) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(fences)s::bigint[]))
 RETURNING id"""
 
+# No wait is longer than two minutes. Claimed in the order of run_at, such a job would come after all that arrive later.
+BRING_FORWARD = """
+UPDATE jobs SET run_at = now() WHERE state = 'queued' AND run_at > now() + interval '2 minutes'
+RETURNING id"""
+
 SHORTEN_LEASES = """
 UPDATE jobs SET lease_until = now() + make_interval(secs => %(seconds)s)
 WHERE state = 'running' AND lease_until > now() + make_interval(secs => %(seconds)s)"""
@@ -108,6 +113,11 @@ class Recovery:
             for row in rows:
                 write_event(connection, row["id"], "released", "back in the queue; the claim's answer was lost")
             return [row["id"] for row in rows]
+
+    def bring_forward(self) -> list[uuid.UUID]:
+        """Let queued jobs that were to wait beyond any wait, because the clock went back, run now."""
+        with self._source.connection() as connection:
+            return [row["id"] for row in connection.execute(BRING_FORWARD)]
 
     def shorten_leases(self, seconds: float) -> None:
         """Let no lease last longer than this. For a clock that went back: a dead owner's would last until then."""

@@ -187,6 +187,17 @@ def test_also_when_it_jumped_while_the_database_was_away(
     assert was_left_alone(world, others)
 
 
+def test_a_job_queued_before_the_clock_went_back_does_not_wait_behind_all_that_come_later(
+    world: World, settled: Instance, database_url: str
+) -> None:
+    before, later = new_job("Queued before the clock went back"), new_job("Queued when all was well again")
+    world.jobs.insert(before)
+    rows(database_url, "UPDATE jobs SET run_at = now() + interval '1 day'")  # as it was then
+    world.live(30, settled)
+    world.jobs.insert(later)
+    assert [job.id for job in world.jobs.claim("me", LEASE, 1)] == [before.id]
+
+
 @pytest.mark.parametrize("jump", [DAY, -DAY, -600])
 def test_a_queued_job_is_claimed_after_the_clock_jumped(world: World, settled: Instance, jump: int) -> None:
     before = new_job("Queued before the clock jumped")
