@@ -42,7 +42,7 @@ NONE_YET = "is missing, and no task of yours is known"
 ACCEPT_SECONDS = 1.0  # for storing a task; with the lookup below, an answer comes in under 2 s
 LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
 IMPATIENT_SECONDS = 0.25  # in place of ACCEPT_SECONDS, while the database is known to be away or was just now
-IMPATIENCE_LASTS = 3.0  # seconds: or those who come while it hangs would wait for each other
+IMPATIENCE_LASTS = 2.0  # seconds: or those who come while it hangs would wait for each other
 RETRY_SECONDS = 1.0
 API_WAITS = (5.0, 25.0)  # seconds before the second and the third try, when Claude's API had trouble
 

@@ -107,7 +107,7 @@ def test_a_signal_cancels_a_run_and_leaves_no_process(
     marker = f"run-signal-{number:d}"
     with hanging_run({**service_environment, "LANG": marker}, messages_api) as process:
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=45)
     assert process.returncode == code
     assert errors.endswith("Interrupted.\n")
     assert eventually(lambda: not living(marker)), living(marker)

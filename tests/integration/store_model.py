@@ -21,7 +21,8 @@ class ModelCallback:
     state: str = "pending"
     attempts: int = 0
     attempts_before: int = 0  # its schedule began
-    is_held: bool = False  # by a sender
+    has_hold: bool = False  # a sender's, which may have lapsed
+    is_held: bool = False
     is_due: bool = True
     is_old: bool = False  # ended longer ago than anything is kept
 

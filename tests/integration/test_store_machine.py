@@ -104,7 +104,7 @@ class StoreMachine(JobsMachine):
         for each in claimed:
             sent = wanted[each.job_id].callback
             assert sent is not None
-            sent.attempts, sent.is_held = sent.attempts + 1, True
+            sent.attempts, sent.has_hold, sent.is_held = sent.attempts + 1, True, True
             assert (each.attempt, each.channel, each.content) == (sent.attempts, sent.channel, sent.content)
             assert each.tries == sent.attempts - sent.attempts_before
             if each.channel is Channel.CALLBACK:
@@ -119,13 +119,13 @@ class StoreMachine(JobsMachine):
     def end_sending(self, claimed: Callback, how: str) -> None:
         sent = self.model.sender_owns(claimed)
         assert sent is not None
-        was_held, sent.is_held = sent.is_held, False
+        had_hold, sent.has_hold, sent.is_held = sent.has_hold, False, False
         if how == "delivered":
             self.callbacks.delivered(claimed, 200)
             sent.state, sent.is_old = how, False
         elif how == "back":
             self.callbacks.give_back(claimed)
-            if was_held:
+            if had_hold:
                 sent.is_due, sent.attempts_before = True, min(sent.attempts_before + 1, sent.attempts)
         else:
             how = self._fail_to_send(claimed, sent, how)
