@@ -94,8 +94,9 @@ class JobsMachine(RuleBasedStateMachine):
     def accept(self, task: str, caller: str | None, key: str | None, address: str | None, once_more: int = 0) -> None:
         target = CallbackTarget(f"https://poke.invalid/{address}", "token") if address else None
         self.new.append(new_job(task, {"idempotency_key": key} if key else "", caller=caller, callback=target))
-        # Some come a second time, as after a COMMIT whose answer was lost.
-        for job in (self.new[-1], *self.new[-1 - once_more : -once_more]):
+        # Some come a second time, as after a COMMIT whose answer was lost; but not after they have been removed.
+        again = [job for job in self.new[-1 - once_more : -once_more] if job.id in self.model.jobs]
+        for job in (self.new[-1], *again):
             assert self.jobs.insert(job) == self.model.insert(job)
 
     @precondition(lambda self: not any(job.channel == "none" for job in jobs_of(self)))
