@@ -10,8 +10,8 @@ ROOT = str(Path(__file__).parent)
 sys.path.insert(0, ROOT)  # the `gunicorn` command does not look where this file lies
 
 from pokestrator import bootstrap  # noqa: E402
+from pokestrator.environ import process_settings  # noqa: E402
 from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
-from pokestrator.settings import process_settings  # noqa: E402
 from pokestrator.telemetry import configure_logging  # noqa: E402
 from pokestrator.web.app import warm_up  # noqa: E402
 from pokestrator.web.server import application_of  # noqa: E402

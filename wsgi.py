@@ -4,8 +4,8 @@ import os
 import sys
 
 from pokestrator import bootstrap
+from pokestrator.environ import process_settings
 from pokestrator.errors import SettingsError, StoreUnavailable
-from pokestrator.settings import process_settings
 from pokestrator.telemetry import configure_logging
 from pokestrator.web.app import EXTENSION, create_app
 from pokestrator.web.stepping import listen

@@ -21,10 +21,11 @@ from uuid import UUID
 import click
 
 from pokestrator import __version__
+from pokestrator.environ import process_settings, server_environment
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackState, Channel, Job, JobState, NewJob, Outcome
-from pokestrator.settings import Settings, process_settings, server_environment
+from pokestrator.settings import Settings
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.telemetry import configure_logging, one_line
 

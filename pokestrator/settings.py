@@ -1,14 +1,12 @@
-"""All settings, read from the environment once and checked at start.
+"""All settings: their names in an environment, their checks, their defaults. environ.py reads this process's.
 
 The table in the README lists the same names; a test holds the two together.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,9 +21,18 @@ from pydantic import (
     model_validator,
 )
 
-from pokestrator.addresses import is_loopback, is_safe_url
+from pokestrator.addresses import is_loopback
 from pokestrator.errors import SettingsError
 from pokestrator.postgres_url import check_postgres_url
+from pokestrator.setting_checks import (
+    check_hosts,
+    check_origins,
+    check_path,
+    check_secret_key,
+    check_url,
+    upper,
+    without_brackets,
+)
 
 POKE_MESSAGE_URL = "https://poke.com/api/v1/inbound/api-message"
 
@@ -45,29 +52,9 @@ def _default_data_dir() -> Path:
     return Path("/var/lib/pokestrator") if _is_root() else Path(".pokestrator")
 
 
-def _check_url(value: object) -> object:
-    if isinstance(value, str) and not is_safe_url(value):
-        raise ValueError("an https:// address, or http:// on this machine")
-    return value
-
-
-def _check_path(value: object) -> object:
-    if isinstance(value, str) and (not value.startswith("/") or value == "/" or value.rstrip("/") == "/healthz"):
-        raise ValueError("a path such as /mcp, and not /healthz")
-    return value.rstrip("/") if isinstance(value, str) else value
-
-
-def _without_brackets(value: object) -> object:
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        return value[1:-1]
-    return value
-
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
-
-
-HttpUrl = Annotated[str, BeforeValidator(_check_url)]
+HttpUrl = Annotated[str, BeforeValidator(check_url)]
+Hosts = Annotated[tuple[str, ...], BeforeValidator(check_hosts)]
+Origins = Annotated[tuple[str, ...], BeforeValidator(check_origins)]
 
 
 class Settings(BaseModel):
@@ -77,11 +64,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     # Where we listen
-    host: Annotated[str, BeforeValidator(_without_brackets)] = Field(
+    host: Annotated[str, BeforeValidator(without_brackets)] = Field(
         "127.0.0.1", alias="HOST", description="address to listen on"
     )
     port: int = Field(8000, alias="PORT", ge=0, le=65_535, description="port to listen on; 0 takes a free one")
-    mcp_path: Annotated[str, BeforeValidator(_check_path)] = Field(
+    mcp_path: Annotated[str, BeforeValidator(check_path)] = Field(
         "/mcp", alias="MCP_PATH", description="path of the MCP endpoint"
     )
     api_key: SecretStr | None = Field(
@@ -90,6 +77,30 @@ class Settings(BaseModel):
         description="key that callers of the MCP endpoint must send; needed unless HOST is loopback",
     )
     web_concurrency: int = Field(1, alias="WEB_CONCURRENCY", ge=1, le=32, description="gunicorn workers")
+
+    allowed_hosts: Hosts = Field(
+        (),
+        alias="POKESTRATOR_ALLOWED_HOSTS",
+        description="names that requests may be addressed to, with commas between; none: any, where a key is needed",
+    )
+    render_external_hostname: str | None = Field(
+        None, alias="RENDER_EXTERNAL_HOSTNAME", description="set by Render; one more allowed host"
+    )
+    allowed_origins: Origins = Field(
+        (), alias="POKESTRATOR_ALLOWED_ORIGINS", description="web origins whose pages may call, with commas between"
+    )
+    requests_per_minute: int = Field(
+        600, alias="POKESTRATOR_REQUESTS_PER_MINUTE", ge=1, le=1_000_000, description="for each key and address"
+    )
+    tasks_per_minute: int = Field(
+        20, alias="POKESTRATOR_TASKS_PER_MINUTE", ge=1, le=100_000, description="accepted tasks for each caller"
+    )
+    tasks_per_day: int = Field(
+        500, alias="POKESTRATOR_TASKS_PER_DAY", ge=1, le=10_000_000, description="accepted tasks for each caller"
+    )
+    unfinished_tasks: int = Field(
+        50, alias="POKESTRATOR_UNFINISHED_TASKS", ge=1, le=100_000, description="tasks under way for each caller"
+    )
 
     # Database
     database_url: Annotated[SecretStr | None, BeforeValidator(check_postgres_url)] = Field(
@@ -115,6 +126,12 @@ class Settings(BaseModel):
         description="folder of the embedded PostgreSQL; default `.pokestrator/`, as root `/var/lib/pokestrator`",
     )
 
+    secret_key: Annotated[SecretStr | None, BeforeValidator(check_secret_key)] = Field(
+        None,
+        alias="POKESTRATOR_SECRET_KEY",
+        description="key that credentials and callback tokens are encrypted with; the embedded database brings its own",
+    )
+
     # Claude
     anthropic_api_key: SecretStr | None = Field(None, alias="ANTHROPIC_API_KEY", description="key for Claude's API")
     claude_code_oauth_token: SecretStr | None = Field(
@@ -128,6 +145,25 @@ class Settings(BaseModel):
     model: str = Field("sonnet", alias="POKESTRATOR_MODEL", min_length=1, description="model that runs subagents")
     fast_model: str = Field(
         "haiku", alias="POKESTRATOR_FAST_MODEL", min_length=1, description="model that drafts new subagents"
+    )
+
+    daily_budget_usd: float = Field(
+        20, alias="POKESTRATOR_DAILY_BUDGET_USD", gt=0, le=100_000, description="spent on Claude a day (UTC)"
+    )
+    caller_daily_budget_usd: float = Field(
+        10, alias="POKESTRATOR_CALLER_DAILY_BUDGET_USD", gt=0, le=100_000, description="of it for each caller"
+    )
+
+    # Agents
+    egress: Literal["listed", "any", "none"] = Field(
+        "listed",
+        alias="POKESTRATOR_EGRESS",
+        description="hosts that agents reach: `listed` in their version, `any` public one, or `none`",
+    )
+    allow_unsandboxed: bool = Field(
+        False,
+        alias="POKESTRATOR_ALLOW_UNSANDBOXED",
+        description="give agents their tools even where they cannot be confined",
     )
 
     # Jobs
@@ -171,8 +207,14 @@ class Settings(BaseModel):
         False, alias="POKE_DRY_RUN", description="send nothing to Poke: log, record, mark delivered"
     )
 
+    callback_hosts: Hosts = Field(
+        ("poke.com", "*.poke.com"),
+        alias="POKESTRATOR_CALLBACK_HOSTS",
+        description="hosts of the callback addresses that requests may bring, with commas between",
+    )
+
     # Logs
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(upper)] = Field(
         "INFO", alias="LOG_LEVEL", description="least severe events that are logged"
     )
 
@@ -231,52 +273,6 @@ def secret_names() -> frozenset[str]:
     """Environment names whose values must never reach a log, a page or another process."""
     secret_fields = (name for name, info in Settings.model_fields.items() if "SecretStr" in str(info.annotation))
     return frozenset(name for field in secret_fields for name in environment_names(field))
-
-
-@functools.cache
-def process_settings() -> Settings:
-    """This process's settings. The first call also takes the secrets out of `os.environ`, so that no child
-    process is started with them; forked workers and gunicorn's reload get the same object again."""
-    settings = Settings.from_environ(os.environ)
-    remove_secrets(os.environ)
-    return settings
-
-
-def server_environment() -> dict[str, str]:
-    """This process's environment, secrets included, for the server that takes its place. Raises SettingsError."""
-    Settings.from_environ(os.environ).refuse_open_door()
-    # gunicorn reads this one itself, and a blank one is no number.
-    return {name: value for name, value in os.environ.items() if name != "WEB_CONCURRENCY" or value.strip()}
-
-
-def remove_secrets(environ: MutableMapping[str, str]) -> None:
-    for name in secret_names():
-        environ.pop(name, None)
-
-
-def demo_environment() -> dict[str, str]:
-    """This process's environment without the owner's database, Poke and server settings: what a demo may use."""
-    fields = ("anthropic_api_key", "claude_code_oauth_token", "anthropic_base_url", "model", "fast_model")
-    names = {name for field in (*fields, "agent_timeout") for name in environment_names(field)} | INHERITED_BY_AGENTS
-    return minimal_environment() | {name: os.environ[name] for name in names if os.environ.get(name, "").strip()}
-
-
-def minimal_environment() -> dict[str, str]:
-    """What a helper process of ours needs of our environment, and no secret."""
-    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Make `values` this process's whole environment for a while: the Claude SDK hands all of `os.environ` on."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _problem(given: Mapping[str, str], location: tuple[int | str, ...], message: str) -> str:

@@ -29,8 +29,9 @@ from claude_agent_sdk import (
 
 from pokestrator.claude.outcomes import Ending, failure, result_of, usage_of
 from pokestrator.claude.processes import MARK
+from pokestrator.environ import environment
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
-from pokestrator.settings import environment, secret_names
+from pokestrator.settings import secret_names
 from pokestrator.telemetry import one_line
 
 # One request a run in place of three, one of them paid; no background work that outlives the answer.

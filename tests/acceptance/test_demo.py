@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from pokestrator.demo.local import ROOT
-from pokestrator.settings import minimal_environment
+from pokestrator.environ import minimal_environment
 from tests.acceptance.processes import eventually, living
 
 

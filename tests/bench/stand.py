@@ -15,7 +15,7 @@ import requests
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.local import LocalService
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.settings import minimal_environment
+from pokestrator.environ import minimal_environment
 from pokestrator.store.embedded import EmbeddedPostgres
 from tests.acceptance.processes import eventually
 

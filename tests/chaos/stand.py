@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pokestrator.claude import processes
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.settings import minimal_environment
+from pokestrator.environ import minimal_environment
 from tests.acceptance.processes import children, eventually
 from tests.chaos.instance import Instance, Reaper, command
 from tests.chaos.ledgers import Ledgers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import subprocess
@@ -13,17 +14,10 @@ import psycopg
 import psycopg.conninfo
 import pytest
 
+from pokestrator.addresses import is_safe_url
+from pokestrator.environ import demo_environment, environment, minimal_environment, remove_secrets
 from pokestrator.errors import SettingsError
-from pokestrator.settings import (
-    Settings,
-    demo_environment,
-    environment,
-    environment_names,
-    is_safe_url,
-    minimal_environment,
-    remove_secrets,
-    secret_names,
-)
+from pokestrator.settings import Settings, environment_names, secret_names
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE_NAMES = ("DATABASE_URL", "POSTGRES_URL", "POSTGRESQL_URL", "RENDER_DATABASE_URL", "DB_URL")
@@ -34,6 +28,7 @@ SECRETS = {
     "ANTHROPIC_API_KEY": PASSWORD,
     "CLAUDE_CODE_OAUTH_TOKEN": PASSWORD,
     "POKE_API_KEY": PASSWORD,
+    "POKESTRATOR_SECRET_KEY": base64.urlsafe_b64encode(PASSWORD.ljust(32).encode()).decode(),
 }
 
 
@@ -273,7 +268,7 @@ def test_remove_secrets_leaves_everything_else() -> None:
 def test_process_settings_takes_the_secrets_out_of_the_environment_and_keeps_them() -> None:
     script = (
         "import os, subprocess\n"
-        "from pokestrator.settings import process_settings\n"
+        "from pokestrator.environ import process_settings\n"
         "settings = process_settings()\n"
         "print(subprocess.run(['env'], capture_output=True, text=True).stdout)\n"
         "assert process_settings() is settings\n"
@@ -306,6 +301,37 @@ def test_environment_is_exchanged_for_a_while_and_comes_back_after_an_error() ->
         os.environ["ADDED"] = "inside"
         raise RuntimeError
     assert dict(os.environ) == before
+
+
+def test_lists_of_hosts_and_origins_are_read_without_blanks_and_in_lower_case() -> None:
+    given = {
+        "POKESTRATOR_ALLOWED_HOSTS": " Example.com, *.example.org,,[::1] ",
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
+    }
+    settings = Settings.from_environ({**given, "POKESTRATOR_ALLOWED_ORIGINS": "https://App.example.com"})
+    assert settings.allowed_hosts == ("example.com", "*.example.org", "[::1]")
+    assert settings.callback_hosts == ("127.0.0.1",)
+    assert settings.allowed_origins == ("https://app.example.com",)
+    assert Settings.from_environ({}).callback_hosts == ("poke.com", "*.poke.com")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POKESTRATOR_ALLOWED_HOSTS", "https://example.com"),
+        ("POKESTRATOR_ALLOWED_HOSTS", "example.com:443"),
+        ("POKESTRATOR_CALLBACK_HOSTS", "*"),
+        ("POKESTRATOR_ALLOWED_ORIGINS", "example.com"),
+        ("POKESTRATOR_ALLOWED_ORIGINS", "https://example.com/path"),
+        ("POKESTRATOR_SECRET_KEY", "too short"),
+        ("POKESTRATOR_EGRESS", "all"),
+    ],
+)
+def test_security_settings_that_cannot_be_meant_are_refused_by_name(name: str, value: str) -> None:
+    (problem,) = problems(**{name: value})
+    assert problem.startswith(f"{name}=")
+    assert "must be" in problem
+    assert ("too short" in problem) is False
 
 
 # The open door ---------------------------------------------------------------------------------------------------
