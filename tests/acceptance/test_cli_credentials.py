@@ -24,7 +24,7 @@ VALUE = "rk_canary_5d1e8a"
 
 @pytest.fixture
 def environment(service_environment: Environment) -> Environment:
-    return {**service_environment, "POKESTRATOR_SECRET_KEY": new_key()}
+    return service_environment
 
 
 def secrets_in(database_url: str, environment: Environment) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_at_a_terminal_it_asks_and_does_not_show_what_is_typed(environment: Envi
     ids=["empty", "NUL", "long", "name", "no name", "no key", "bad key", "no database"],
 )
 def test_what_is_not_stored_says_why(
-    environment: Environment,
+    service_environment: Environment,
     database_url: str,
     arguments: list[str],
     stdin: str,
@@ -105,7 +105,7 @@ def test_what_is_not_stored_says_why(
     code: int,
     said: str,
 ) -> None:
-    done = pokestrator("credentials", "set", *arguments, environment={**environment, **changed}, stdin=stdin)
+    done = pokestrator("credentials", "set", *arguments, environment={**service_environment, **changed}, stdin=stdin)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -121,7 +121,8 @@ def test_new_key_prints_a_key_and_needs_nothing(service_environment: Environment
 def test_the_embedded_database_needs_no_key_and_no_service_before_it(service_environment: Environment) -> None:
     with tempfile.TemporaryDirectory(prefix="pokestrator-run-", ignore_cleanup_errors=True) as folder:
         data = Path(folder) / "data"
-        environment = {**service_environment, "DATABASE_URL": "", "POKESTRATOR_DATA_DIR": str(data)}
+        own = {"DATABASE_URL": "", "POKESTRATOR_SECRET_KEY": "", "POKESTRATOR_DATA_DIR": str(data)}
+        environment = {**service_environment, **own}
         done = pokestrator("credentials", "set", "STRIPE_API_KEY", environment=environment, stdin=VALUE)
         assert (done.returncode, done.stdout) == (0, "STRIPE_API_KEY is stored.\n"), done.stderr
         assert (data / KEY_FILE).stat().st_mode & 0o777 == 0o600

@@ -17,7 +17,8 @@ DEFINITION = {
 
 
 @pytest.mark.parametrize(
-    "name", ["STRIPE_API_KEY", "GITHUB_TOKEN", "NOTION_TOKEN", "AWS_SECRET_ACCESS_KEY", "RENDER_API_KEY", "X1", "A" * 64]
+    "name",
+    ["STRIPE_API_KEY", "GITHUB_TOKEN", "NOTION_TOKEN", "AWS_SECRET_ACCESS_KEY", "RENDER_API_KEY", "X1"],
 )
 def test_names_that_providers_use_are_taken(name: str) -> None:
     assert check_credential_name(name) == name
@@ -45,7 +46,7 @@ def test_no_name_that_a_process_of_an_agent_obeys_is_a_credential(name: str) -> 
         check_credential_name(name)
 
 
-@pytest.mark.parametrize("name", ["", "A", "stripe", "1A", "A=sk_live_51", "sk_live_51", "A\n", "A B", "Ä_KEY", "A" * 65])
+@pytest.mark.parametrize("name", ["", "A", "stripe", "1A", "A=sk_live_51", "sk_live_51", "A\n", "A B", "Ä_KEY"])
 def test_a_name_of_a_wrong_form_is_not_repeated_for_it_can_be_the_value(name: str) -> None:
     with pytest.raises(ValueError, match="capital letters") as caught:
         check_credential_name(name)
@@ -62,6 +63,11 @@ def test_no_template_and_no_stored_version_names_one_of_these(model: type[BaseMo
 
 
 def test_a_draft_names_no_credential_at_all() -> None:
-    drafted = {**DEFINITION, "name": "sheep_counter", "examples": ["how many sheep?"], "credentials": ["STRIPE_API_KEY"]}
+    drafted = {
+        **DEFINITION,
+        "name": "sheep_counter",
+        "examples": ["how many sheep?"],
+        "credentials": ["STRIPE_API_KEY"],
+    }
     with pytest.raises(InvalidDefinition, match="credentials: Extra inputs"):
         parse(Draft, drafted)

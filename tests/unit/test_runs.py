@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pokestrator.runs import ErrorKind, Usage, sentence
+from pokestrator.runs import ErrorKind, RunRequest, Usage, sentence
 
 LONGEST = 160  # characters: one text message
 JARGON = re.compile(
@@ -53,3 +53,8 @@ def test_missing_credentials_are_named_with_the_command_that_adds_them() -> None
     two = sentence(ErrorKind.NEEDS_CREDENTIALS, missing=["STRIPE_API_KEY", "SHOP_TOKEN"])
     assert "without STRIPE_API_KEY and SHOP_TOKEN: " in two
     assert "`python -m pokestrator credentials set NAME`" in two
+
+
+def test_a_request_that_is_logged_shows_no_credential() -> None:
+    request = RunRequest("Prompt", "System", "haiku", 5.0, variables={"STRIPE_API_KEY": "rk_canary"})
+    assert "rk_canary" not in repr(request)
