@@ -5,6 +5,7 @@ PokestratorError
 ├── InvalidTask          the caller sent something we do not store; the caller can mend it
 ├── TryAgainLater        nothing was stored, and the same call may work in a moment
 ├── InvalidDefinition    a template or a draft that breaks the rules for subagents
+├── SecretKeyError       a secret cannot be encrypted or decrypted: no key, or not the one it was encrypted with
 ├── StoreUnavailable     PostgreSQL cannot be reached or did not answer in time
 └── LeaseLost            this process no longer owns the job; its result is thrown away
 """
@@ -45,6 +46,10 @@ class InvalidDefinition(PokestratorError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(problems))
+
+
+class SecretKeyError(PokestratorError):
+    """There is no key to encrypt with, or none of ours fits what was encrypted. The text names neither."""
 
 
 class StoreUnavailable(PokestratorError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ from pokestrator.errors import InvalidDefinition, StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
+from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
@@ -33,8 +34,10 @@ class RunPolicy:
     timeout_seconds: float  # a version may lower it, never raise it
     after_build: Literal["ask", "run"]
 
-    def request(self, definition: Definition, prompt: str, run_id: str) -> RunRequest:
-        """A run of a subagent's version."""
+    def request(
+        self, definition: Definition, prompt: str, run_id: str, variables: Mapping[str, str] | None = None
+    ) -> RunRequest:
+        """A run of a subagent's version, with these credentials."""
         return RunRequest(
             prompt=prompt,
             system_prompt=definition.system_prompt,
@@ -44,6 +47,7 @@ class RunPolicy:
             max_turns=definition.max_turns or DEFAULT_MAX_TURNS,
             max_budget_usd=definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD,
             run_id=run_id,
+            variables=variables or {},
         )
 
     def timeout_of(self, definition: Definition) -> float:
@@ -58,12 +62,14 @@ class Runner:
         *,
         jobs: Jobs,
         subagents: Subagents,
+        credentials: Credentials,
         templates: Sequence[Template],
         claude: Claude,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
+        self._credentials = credentials
         self._templates = {template.name: template for template in templates}
         self._claude = claude
         self._policy = policy
@@ -85,7 +91,11 @@ class Runner:
         return subagent or self._subagents.adopt(self._templates[decision.name])
 
     def _run_agent(self, job: Job, subagent: Subagent) -> Outcome:
-        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id)
+        needed, optional = subagent.definition.credentials, subagent.definition.optional_credentials
+        found, missing = self._credentials.values([*needed, *optional])
+        if lacking := {name: why for name, why in missing.items() if name in needed}:
+            return _without(lacking)
+        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id, found)
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
         result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
@@ -123,6 +133,8 @@ class Runner:
         if decision.name is None:
             return failed(ErrorKind.NOT_STORED, decision.reason)
         template = self._templates[decision.name]
+        if template.credentials or template.optional_credentials:
+            return failed(ErrorKind.NOT_STORED, f"the credentials of {template.name} are in the database")
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
         return outcome_of(self._claude.run(request, _ignore), request.timeout_seconds)
 
@@ -144,6 +156,13 @@ def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:
 def failed(kind: ErrorKind, detail: str, usage: Usage | None = None, timeout_seconds: float = 0) -> Outcome:
     """A failure, with the one sentence that the person is told."""
     return Outcome(JobState.FAILED, sentence(kind, timeout_seconds), kind, detail, usage or Usage())
+
+
+def _without(missing: Mapping[str, str]) -> Outcome:
+    """How a job ends whose subagent needs credentials that cannot be had: their names, and why not."""
+    kind = ErrorKind.NEEDS_CREDENTIALS
+    detail = "; ".join(f"{name} {why}" for name, why in missing.items())
+    return Outcome(JobState.FAILED, sentence(kind, missing=list(missing)), kind, detail)
 
 
 def _built(subagent: Subagent) -> str:

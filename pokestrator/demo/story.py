@@ -27,7 +27,7 @@ from pokestrator.store.history import History
 from pokestrator.store.pool import Database
 from pokestrator.store.subagents import Subagents
 
-KNOWN_TASK = "How much revenue did we make on Stripe last week?"
+KNOWN_TASK = "Split 184.50 between 5 people with a 20% tip"
 UNKNOWN_TASK = "Invent a toast for my grandmother's 80th birthday: she loves sailing and bad puns"
 CALLBACK_SECONDS = 20.0
 DELIVERED_SECONDS = 5.0  # from Poke's answer to its being written down

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psycopg.rows import DictRow
@@ -19,6 +20,7 @@ from pokestrator.jobs import Idempotency, Job, JobState, NewJob, Outcome, Route,
 from pokestrator.runs import ErrorKind, Usage, sentence
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import WAKE_CHANNEL, end_job, job_of, storable, usage_values, wake_all, write_event
+from pokestrator.store.secrets import Vault
 
 MAX_INTERRUPTIONS = 3
 
@@ -119,8 +121,10 @@ RETURNING id"""
 class Jobs:
     """The jobs table as those see it who accept tasks and run them."""
 
-    def __init__(self, source: ConnectionSource) -> None:
+    def __init__(self, source: ConnectionSource, vault: Vault | None = None) -> None:
+        """`vault`: what callback tokens are encrypted with; without one they are stored as they come."""
         self._source = source
+        self._vault = vault or Vault()
 
     def insert(self, job: NewJob, within: float | None = None) -> uuid.UUID:
         """Store a job as queued and wake every instance. When this returns, it is committed.
@@ -129,12 +133,12 @@ class Jobs:
         COMMIT whose answer was lost: it is stored once. `within`: seconds after which it gives up.
         """
         with self._source.connection(within) as connection:
-            return _insert(connection, job)
+            return _insert(connection, self._sealed(job))
 
     def insert_claimed(self, job: NewJob, owner: str, lease_seconds: float) -> Job:
         """Store a job that its inserter runs itself; no other instance ever sees it queued."""
         with self._source.connection() as connection:
-            _insert(connection, job)
+            _insert(connection, self._sealed(job))
             return _claim(connection, owner, lease_seconds, limit=1, job_id=job.id)[0]
 
     def claim(self, owner: str, lease_seconds: float, limit: int) -> list[Job]:
@@ -218,6 +222,12 @@ class Jobs:
         """
         with self._source.connection() as connection:
             return _end(connection, job, _hold(connection, job), outcome)
+
+    def _sealed(self, job: NewJob) -> NewJob:
+        """The job with its callback token as it is stored."""
+        if job.callback is None:
+            return job
+        return replace(job, callback=replace(job.callback, token=self._vault.seal(job.callback.token)))
 
 
 def _insert(connection: Connection, job: NewJob) -> uuid.UUID:

@@ -27,7 +27,9 @@ from tests.conftest import database_named
 from tests.integration.flow import callback_row, job_row, rows
 
 KEY = "the-key-of-this-test"
-TASK = "Show me my Stripe payouts and balance"  # goes to a shipped template; what its run does stands in its metadata
+TASK = (
+    "Split 184.50 between 5 people with a tip"  # goes to a shipped template; what its run does stands in its metadata
+)
 DRAIN_SECONDS = 5
 READY_SECONDS = 30.0
 HANGS_ONCE: Mapping[str, Any] = {"hang": 80, "times": 1}  # the first run meets it, the second one the next step

@@ -40,7 +40,7 @@ def test_two_hundred_tasks_from_sixteen_threads_are_all_recorded_and_nothing_is_
     with LocalService(environment) as service:
         key = service_environment["POKESTRATOR_API_KEY"]
         for wave in range(WAVES):
-            tasks = [f"Show me my Stripe payouts, report {wave}-{number}" for number in range(TASKS_IN_A_WAVE)]
+            tasks = [f"Split {wave}{number:03}.50 between 5 people with a tip" for number in range(TASKS_IN_A_WAVE)]
             acknowledged += send_all(service.url, key, tasks)
             total = (wave + 1) * TASKS_IN_A_WAVE
             assert eventually(lambda n=total: ended(database_url) == n, WAVE_SECONDS), ended(database_url)

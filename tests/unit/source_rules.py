@@ -18,6 +18,7 @@ MAX_LINES = 320
 # A file imports only from lower floors. A new module or folder must be given one here.
 FLOORS = {
     **dict.fromkeys(["settings", "setting_checks", "environ", "addresses", "postgres_url", "errors", "telemetry"], 1),
+    "credential_names": 1,
     **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents"], 1),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
     **dict.fromkeys(["routing", "building", "delivery", "growth", "sweeping"], 3),
@@ -25,8 +26,10 @@ FLOORS = {
     **dict.fromkeys(["service", "dispatcher"], 5),
     **dict.fromkeys(["bootstrap", "following"], 6),
     **dict.fromkeys(["web", "demo"], 7),
-    **dict.fromkeys(["cli", "__main__"], 8),
-    **dict.fromkeys(PROCESS_FILES, 9),
+    "terminal": 7,
+    "cli_credentials": 8,
+    **dict.fromkeys(["cli", "__main__"], 9),
+    **dict.fromkeys(PROCESS_FILES, 10),
     "__init__": 0,
 }
 VALUES = 1  # on this floor siblings build on each other
@@ -56,6 +59,7 @@ SETTINGS = (
     "pokestrator/environ.py",
     "pokestrator/bootstrap.py",
     "pokestrator/cli.py",
+    "pokestrator/terminal.py",
     "pokestrator/web/",
     "pokestrator/demo/",
     *PROCESS_FILES,
