@@ -106,8 +106,8 @@ _SENTENCES = {
     ErrorKind.TURN_LIMIT: "I couldn't finish this within the allowed number of steps; try a smaller task.",
     ErrorKind.BUDGET_LIMIT: "I couldn't finish this within its budget; try a smaller task.",
     ErrorKind.BUDGET_SPENT: (
-        "I couldn't start this: today's budget for Claude is spent. It works again tomorrow (the day ends at midnight "
-        "UTC); please send it again then."
+        "I couldn't start this: today's budget for Claude is spent; please send it again tomorrow, which begins at "
+        "midnight UTC."
     ),
     ErrorKind.REFUSAL: "Claude declined to do this task; if that seems wrong, try saying it another way.",
     ErrorKind.INVALID_DRAFT: "I couldn't build what this needs; try describing the task in other words.",

@@ -19,9 +19,9 @@ from typing import Literal
 from pokestrator.addresses import is_public, matches
 from pokestrator.claude.admission import Admission
 from pokestrator.claude.relay_http import Conversation, Refused
+from pokestrator.subagents import ANY_HOST
 
 HTTPS = 443
-ANY_HOST = "*"  # in a version: every public host
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 120.0  # without a byte either way, after which a tunnel ends
 PIECE = 65_536
