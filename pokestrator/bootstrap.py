@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from pokestrator.claude.capacity import default_concurrency, share
+from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
@@ -22,6 +23,7 @@ from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.setting_checks import MAKE_SECRET_KEY
 from pokestrator.settings import Settings
+from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.embedded import embedded_in
@@ -181,11 +183,15 @@ def build(
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database, vault), make_poke(settings))
     stopping = threading.Event()
-    policy = RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build)
+    budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
+    policy = RunPolicy(
+        settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
+    )
     runner = Runner(
         jobs=jobs,
         subagents=subagents,
         credentials=Credentials(database, vault),
+        budgets=budgets,
         templates=templates,
         claude=runs,
         policy=policy,
@@ -270,7 +276,8 @@ def make_claude(settings: Settings, slots: int) -> Claude:
     for name, value in given.items():
         if value is not None:
             environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    return Inline(environment) if settings.inline else Slots(slots, environment)
+    egress = Egress(settings.egress)
+    return Inline(environment, egress) if settings.inline else Slots(slots, environment, egress)
 
 
 def make_poke(settings: Settings) -> Poke:

@@ -45,6 +45,7 @@ _QUIET = {
 }
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
+_LOOPBACK = ("127.0.0.1", "localhost")  # where the relay is: asked for Claude, it is no proxy
 NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
 _LEAST_SECRET = 8  # characters; shorter values are no secrets, and would be found in ordinary words
@@ -268,12 +269,13 @@ def _environment(
         (folder / name).mkdir(mode=0o700)
     # A command that takes nearly all the time would leave none to answer.
     command_ms = max(1_000, int((deadline - time.monotonic()) * 750))
-    no_proxy = [allowed[name] for name in ("NO_PROXY", "no_proxy") if allowed.get(name)]
+    no_proxy = ",".join([*(allowed[name] for name in ("NO_PROXY", "no_proxy") if allowed.get(name)), *_LOOPBACK])
     return {
         **variables,  # first: none of them can take the place of one of ours
         **allowed,
         **_QUIET,
-        "NO_PROXY": ",".join([*no_proxy, "127.0.0.1", "localhost"]),
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
         "HOME": str(folder / "home"),
         "CLAUDE_CONFIG_DIR": str(folder / "config"),
         "CLAUDE_CODE_TMPDIR": str(folder / "tmp"),
