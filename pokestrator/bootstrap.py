@@ -14,7 +14,7 @@ from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
-from pokestrator.intake import Action, Question
+from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
 from pokestrator.poke import Poke
@@ -161,7 +161,8 @@ def build(
         max_size=settings.db_pool_max_size,
         idle_seconds=STEPPING_SECONDS if settings.inline else IDLE_SECONDS,
     )
-    jobs, history, subagents = Jobs(database), History(database), Subagents(database)
+    limits = TaskLimits(settings.tasks_per_minute, settings.tasks_per_day, settings.unfinished_tasks)
+    jobs, history, subagents = Jobs(database, limits), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database), make_poke(settings))
