@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 
@@ -15,6 +16,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def is_listed(host: str, hosts: Collection[str]) -> bool:
+    """Whether `host` is one of `hosts`, or below one that is written `*.` and a name. All in lower case."""
+    return any(
+        host == each or (each.startswith("*.") and host.endswith(each[1:]) and host != each[1:]) for each in hosts
+    )
 
 
 def is_safe_url(url: str) -> bool:

@@ -13,7 +13,8 @@ import structlog
 
 from pokestrator.errors import TryAgainLater
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.web import mcp, tool
+from pokestrator.web import answers, mcp, tool
+from pokestrator.web.guard import Guard
 from tests.integration.mcp_peer import (
     JSON_HEADERS,
     LEGACY,
@@ -57,7 +58,8 @@ def keyed_url(service: FakeService) -> Iterator[str]:
 def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What the endpoint logs, however earlier tests have configured the logs."""
     with structlog.testing.capture_logs() as captured:
-        monkeypatch.setattr(mcp, "log", structlog.get_logger())
+        for module in (mcp, answers):
+            monkeypatch.setattr(module, "log", structlog.get_logger())
         yield captured
 
 
@@ -466,9 +468,9 @@ def test_nothing_is_accepted_without_the_key(keyed_url: str, service: FakeServic
     assert service.jobs == []
 
 
-def test_a_blank_key_is_refused_when_the_endpoint_is_built(service: FakeService) -> None:
+def test_a_blank_key_is_refused_when_the_guard_is_made() -> None:
     with pytest.raises(ValueError, match="blank"):
-        mcp.mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=" ")
+        Guard(" ")
 
 
 def test_tool_texts_warn_of_secrets_and_of_calling_twice() -> None:
