@@ -42,10 +42,12 @@ class Door:
         assert parts.hostname is not None and parts.port is not None
         return parts.hostname, parts.port
 
-    def connect(self, source: str = "127.0.0.1", receive_buffer: int | None = None) -> socket.socket:
+    def connect(self, source: str = "127.0.0.1", *, narrow: bool = False) -> socket.socket:
+        """A connection; a narrow one takes little, and has the other end buffer little, before somebody reads."""
         client = socket.socket()
-        if receive_buffer is not None:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if narrow:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         client.bind((source, 0))
         client.settimeout(PATIENCE)
         client.connect(self.address)

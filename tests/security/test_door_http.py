@@ -12,7 +12,7 @@ import flask
 import pytest
 
 from pokestrator.store.embedded import EmbeddedPostgres
-from pokestrator.web.gathering import READ_SECONDS
+from pokestrator.web.gathering import READ_SECONDS, WRITE_SECONDS
 from pokestrator.web.guard import Guard
 from tests.acceptance.processes import eventually, is_read
 from tests.integration.mcp_peer import call, rpc
@@ -249,25 +249,19 @@ def test_slow_senders_keep_nobody_out_and_are_refused(door: Door) -> None:
     assert {answer[:21] for answer in answered.values()} == {b"HTTP/1.1 408 Request T"[:21]}
 
 
-@attack("100 connections that ask again and again and read no answer", "closed; others are answered meanwhile")
+@attack("64 connections that ask again and again and read no answer", "closed; others are answered meanwhile")
 def test_clients_that_read_nothing_keep_nobody_out(door: Door) -> None:
     listing = rpc("tools/list").encode()
-    asked = request(f"Content-Length: {len(listing)}", body=listing) * 40
-    clients = [door.connect(receive_buffer=2_048) for _ in range(100)]
-    for client in clients:
-        client.setblocking(False)
+    asked = request(f"Content-Length: {len(listing)}", body=listing) * 60
+    clients = [door.connect(narrow=True) for _ in range(SLOW)]
     try:
+        for client in clients:
+            client.sendall(asked)
         for _ in range(20):
-            for client in clients:
-                try:
-                    client.send(asked)
-                except OSError:
-                    continue
-            assert door.healthz().status_code == 200
+            assert door.healthz(WRITE_SECONDS - 1).status_code == 200  # a thread that waits for one does so for longer
     finally:
         for client in clients:
             client.close()
-    assert door.healthz().status_code == 200
 
 
 @attack("64 connections that stay open after their last answer", "closed 2 s later; others are answered meanwhile")
