@@ -90,8 +90,8 @@ def open_door(postgres: EmbeddedPostgres, template: str, **settings: str) -> Ite
         data = stack.enter_context(tempfile.TemporaryDirectory(prefix="pokestrator-door-"))
         inbox, api = stack.enter_context(Inbox()), stack.enter_context(MessagesApi())
         url = database_named(postgres, name)
-        values: Mapping[str, str] = {"DATABASE_URL": url, "POKESTRATOR_API_KEY": KEY, **settings}
-        service = stack.enter_context(LocalService(environment(inbox, api, Path(data), **values)))
+        values: Mapping[str, str] = {"DATABASE_URL": url, "POKESTRATOR_API_KEY": KEY, "POKESTRATOR_DRAIN_SECONDS": "0"}
+        service = stack.enter_context(LocalService(environment(inbox, api, Path(data), **{**values, **settings})))
         door = Door(service, url, inbox, api)
         assert eventually(lambda: door.healthz().json()["status"] == "ok", PATIENCE), service.log
         yield door
