@@ -29,7 +29,7 @@ FIELDS = ("task_description", "metadata", "action", "request_id", "idempotency_k
 METHODS = ("initialize", "ping", "tools/list", "tools/call", "server/discover", "resources/read", "logging/setLevel")
 NOTIFICATIONS = ("notifications/initialized", "notifications/cancelled", "notifications/x")
 
-# Half of it is nearly right, so that it comes far.
+# Much of it is nearly right, so that it comes far.
 text = st.text(max_size=20) | st.sampled_from(WORDS)
 scalar = st.none() | st.booleans() | st.integers() | st.floats() | text
 names = text | st.sampled_from(FIELDS)
@@ -49,13 +49,21 @@ messages = st.fixed_dictionaries(
     {"jsonrpc": st.just("2.0") | anything, "method": methods | anything},
     optional={"id": st.integers() | text | anything, "params": params, "result": anything, "error": anything},
 )
-as_json = (messages | st.lists(messages, max_size=3) | anything).map(json.dumps).map(str.encode)
+calls = st.fixed_dictionaries(
+    {
+        "jsonrpc": st.just("2.0"),
+        "id": st.integers() | text,
+        "method": st.just("tools/call"),
+        "params": st.fixed_dictionaries({"name": st.just("orchestrate"), "arguments": arguments}),
+    }
+)
+as_json = (calls | messages | st.lists(messages, max_size=3) | anything).map(json.dumps).map(str.encode)
 spoilt = st.tuples(as_json, st.integers(0, 200), st.binary(max_size=3)).map(
     lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] :]
 )
 bodies = as_json | spoilt | st.binary(max_size=60)
 header_values = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30)
-headers = st.fixed_dictionaries(
+headers = st.just({}) | st.fixed_dictionaries(
     {},
     optional={
         "MCP-Protocol-Version": st.sampled_from([LEGACY, MODERN, "2024-11-05"]) | header_values,
