@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 
@@ -28,7 +28,7 @@ def is_safe_url(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
 
 
-def matches(host: str, patterns: Iterable[str]) -> bool:
+def matches(host: str, patterns: Collection[str]) -> bool:
     """Whether `host` is one of `patterns`, or below one that is written `*.` and a name. All in lower case."""
     return any(
         host == each or (each.startswith("*.") and host.endswith(each[1:]) and host != each[1:]) for each in patterns

@@ -15,7 +15,7 @@ from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
-from pokestrator.intake import Action, Question
+from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
 from pokestrator.poke import Poke
@@ -178,7 +178,8 @@ def build(
         idle_seconds=STEPPING_SECONDS if settings.inline else IDLE_SECONDS,
     )
     vault = make_vault(settings)
-    jobs, history, subagents = Jobs(database, vault), History(database), Subagents(database)
+    limits = TaskLimits(settings.tasks_per_minute, settings.tasks_per_day, settings.unfinished_tasks)
+    jobs, history, subagents = Jobs(database, vault, limits), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database, vault), make_poke(settings))

@@ -14,7 +14,7 @@ import mcp_types as types
 from werkzeug.datastructures import Headers
 
 from pokestrator.addresses import is_safe_url
-from pokestrator.errors import InvalidTask
+from pokestrator.errors import InvalidTask, TooManyTasks
 from pokestrator.intake import (
     MAX_KEY_CHARACTERS,
     MAX_METADATA_BYTES,
@@ -241,6 +241,19 @@ def _result(answer: dict[str, Any]) -> types.CallToolResult:
 def refused(reason: str) -> types.CallToolResult:
     """A tool error: the calling model reads `reason` and can mend the call, or try again later."""
     return types.CallToolResult(content=[types.TextContent(text=reason)], is_error=True)
+
+
+def too_many(error: TooManyTasks) -> str:
+    """Which limit is used up, and when to try again; for the calling model and the person."""
+    if error.wait_seconds is None:
+        return (
+            f"Not accepted: {error.most} of this person's tasks are under way, and no more may be at once. Try again "
+            "when one of them has ended."
+        )
+    return (
+        f"Not accepted: at most {error.most} tasks a {error.limit} are taken from one person. Try again in "
+        f"{in_words(error.wait_seconds)}."
+    )
 
 
 def quoted(text: str) -> str:

@@ -25,6 +25,7 @@ from tests.acceptance.processes import eventually
 from tests.chaos.instance import Instance
 from tests.conftest import database_named
 from tests.integration.flow import callback_row, job_row, rows
+from tests.no_limits import NO_LIMITS
 
 KEY = "the-key-of-this-test"
 TASK = (
@@ -84,6 +85,7 @@ def environment(inbox: Inbox, api: MessagesApi, data: Path, **more: str) -> dict
     """What an instance is started with."""
     return {
         **minimal_environment(),
+        **NO_LIMITS,
         "POKESTRATOR_API_KEY": KEY,
         "POKESTRATOR_DATA_DIR": str(data),
         "ANTHROPIC_API_KEY": "sk-for-the-scripted-api",

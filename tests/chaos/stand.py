@@ -19,6 +19,7 @@ from tests.chaos.instance import Instance, Reaper, command
 from tests.chaos.ledgers import Ledgers
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import Proxy
+from tests.no_limits import NO_LIMITS
 
 KEY = "the-key-of-this-chaos"
 INSTANCES = ("A", "B")
@@ -86,6 +87,7 @@ def standing() -> Iterator[Stand]:
         for name in INSTANCES:
             environment = {
                 **minimal_environment(),
+                **NO_LIMITS,
                 "DATABASE_URL": postgres.url_through(lines[name].port),
                 "TMPDIR": str(temporary),  # what the killed leave lying about goes with it
                 "POKESTRATOR_API_KEY": KEY,

@@ -26,6 +26,7 @@ from pokestrator.errors import InvalidTask, TryAgainLater
 from pokestrator.intake import Question
 from pokestrator.jobs import Acknowledgement, JobState, JobStatus, NewJob
 from pokestrator.web import tool
+from pokestrator.web.guard import Guard
 from pokestrator.web.mcp import mcp_blueprint
 
 LEGACY = "2025-06-18"
@@ -108,7 +109,7 @@ def our_server(service: FakeService, api_key: str | None = None) -> Iterator[str
     """Our blueprint in a Flask application behind a threaded HTTP server; gives the endpoint's URL."""
     app = flask.Flask(__name__)
     app.register_blueprint(
-        mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=api_key, after_ack=service.after_ack)
+        mcp_blueprint(service.accept, service.ask, path="/mcp", guard=Guard(api_key), after_ack=service.after_ack)
     )
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

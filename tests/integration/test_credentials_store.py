@@ -61,9 +61,7 @@ def test_what_is_removed_is_gone(credentials: Credentials, database_url: str) ->
     assert rows(database_url, "SELECT name FROM credentials") == []
 
 
-def test_with_another_key_it_is_listed_and_missing_with_the_reason(
-    credentials: Credentials, database: Database
-) -> None:
+def test_with_another_key_it_matches_and_missing_with_the_reason(credentials: Credentials, database: Database) -> None:
     credentials.set("STRIPE_API_KEY", "rk_canary")
     for vault, reason in ((Vault(new_key()), "another POKESTRATOR_SECRET_KEY"), (Vault(), "is not set")):
         other = Credentials(database, vault)

@@ -12,6 +12,7 @@ import requests
 from pokestrator.demo.local import LocalService
 from tests.acceptance.conftest import inbox, messages_api, service_environment  # noqa: F401  fixtures
 from tests.acceptance.processes import children, eventually, living, sockets, threads
+from tests.no_limits import NO_LIMITS
 
 CLIENTS = 16
 WAVES = 2
@@ -34,7 +35,7 @@ def test_two_hundred_tasks_from_sixteen_threads_are_all_recorded_and_nothing_is_
     database_url: str,
 ) -> None:
     marker = f"load-{uuid.uuid4().hex}"
-    environment = {**service_environment, "POKE_DRY_RUN": "1", "LANG": marker}
+    environment = {**service_environment, **NO_LIMITS, "POKE_DRY_RUN": "1", "LANG": marker}
     acknowledged: list[str] = []
     held: list[Held] = []
     with LocalService(environment) as service:
