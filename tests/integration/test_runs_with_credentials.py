@@ -11,6 +11,7 @@ from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
+from pokestrator.store.budgets import Budgets
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -47,7 +48,7 @@ def credentials(database: Database) -> Credentials:
 
 @pytest.fixture
 def run(
-    jobs: Jobs, subagents: Subagents, credentials: Credentials, claude: Claude
+    database: Database, jobs: Jobs, subagents: Subagents, credentials: Credentials, claude: Claude
 ) -> Callable[..., tuple[Outcome, dict[str, Any]]]:
     """Run POET_TASK with a template that has these fields; the outcome, and the job's row before it is ended."""
 
@@ -55,7 +56,13 @@ def run(
         policy = RunPolicy("sonnet", "haiku", 30.0, "ask")
         templates = [poet(**fields)]
         runner = Runner(
-            jobs=jobs, subagents=subagents, credentials=credentials, templates=templates, claude=claude, policy=policy
+            jobs=jobs,
+            subagents=subagents,
+            credentials=credentials,
+            budgets=Budgets(database, 20.0, 10.0),
+            templates=templates,
+            claude=claude,
+            policy=policy,
         )
         subagents.follow(templates)
         job = jobs.insert_claimed(quiet_task(POET_TASK), "me", 60)
@@ -128,6 +135,7 @@ def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, 
         jobs=Jobs(away),
         subagents=Subagents(away),
         credentials=Credentials(away, Vault()),
+        budgets=Budgets(away, 20.0, 10.0),
         templates=[poet(**{field: ["SEA_KEY"]})],
         claude=claude,
         policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
