@@ -28,6 +28,31 @@ def is_safe_url(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
 
 
+def may_be_called_back(url: str, hosts: Collection[str]) -> bool:
+    """Whether a request may name this address for its answer: https at a listed host.
+
+    A loopback host only where it is listed itself; then plain http will do. No other address without a name.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    if not host or "@" in parts.netloc:
+        return False
+    if is_loopback(host):
+        return parts.scheme in ("http", "https") and not {host, f"[{host}]"}.isdisjoint(hosts)
+    return parts.scheme == "https" and not _is_address(host) and matches(host.rstrip("."), hosts)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def matches(host: str, patterns: Collection[str]) -> bool:
     """Whether `host` is one of `patterns`, or below one that is written `*.` and a name. All in lower case."""
     return any(
@@ -35,7 +60,8 @@ def matches(host: str, patterns: Collection[str]) -> bool:
     )
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all that is in use of IPv6 outside
 
 
 def is_public(address: str) -> bool:
@@ -50,6 +76,6 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour
         if inner is not None:
             return is_public(str(inner))
-        if ip.teredo is not None:
+        if ip.teredo is not None or ip not in _GIVEN_OUT:
             return False
     return ip.is_global and not ip.is_multicast

@@ -18,7 +18,7 @@ from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
-from pokestrator.poke import Poke
+from pokestrator.poke.api import Poke
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.setting_checks import MAKE_SECRET_KEY
@@ -283,7 +283,7 @@ def make_claude(settings: Settings, slots: int) -> Claude:
 
 def make_poke(settings: Settings) -> Poke:
     key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
-    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run)
+    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run, callback_hosts=settings.callback_hosts)
 
 
 def notices(settings: Settings) -> list[str]:

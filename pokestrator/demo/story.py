@@ -111,6 +111,7 @@ def run_demo(say: Say, task: str | None = None) -> None:
             "POKESTRATOR_DATA_DIR": str(folder),
             "POKESTRATOR_API_KEY": api_key,
             "POKE_WEBHOOK_URL": inbox.message_url,
+            "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
             "POKE_API_KEY": secrets.token_urlsafe(24),
             "POKESTRATOR_DRAIN_SECONDS": "1",  # a job is under way at the end only when the demo was given up
         }

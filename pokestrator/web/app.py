@@ -49,6 +49,7 @@ def create_app(application: Application) -> flask.Flask:
             application.ask,
             path=settings.mcp_path,
             guard=make_guard(settings),
+            callback_hosts=settings.callback_hosts,
             after_ack=application.run_inline if settings.inline else None,
         )
     )

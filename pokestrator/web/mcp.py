@@ -8,7 +8,7 @@ SDK's own server by tests/integration/test_mcp_differential.py.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -63,16 +63,23 @@ Params = Mapping[str, Any]
 
 
 def mcp_blueprint(
-    accept: Accept, ask: Ask, *, path: str, guard: Guard, after_ack: AfterAck | None = None
+    accept: Accept,
+    ask: Ask,
+    *,
+    path: str,
+    guard: Guard,
+    callback_hosts: Collection[str] = (),
+    after_ack: AfterAck | None = None,
 ) -> flask.Blueprint:
     """The MCP endpoint at `path`.
 
     `accept` stores a checked job and answers with its acknowledgement, or raises InvalidTask or TryAgainLater.
     `ask` answers a question about an earlier job (or does what it asks) with how that job stands, or raises the same.
     `after_ack` is called with the request_id of each durable job once the acknowledgement has been sent.
+    `callback_hosts` are those that a call's answer may be sent to (addresses.may_be_called_back).
     Nobody whom `guard` turns away comes as far as any of them.
     """
-    endpoint = _Endpoint(accept, ask, after_ack)
+    endpoint = _Endpoint(accept, ask, callback_hosts, after_ack)
     blueprint = flask.Blueprint("mcp", __name__)
     blueprint.before_request(guard.turn_away)
     blueprint.after_request(guard.open_to_page)
@@ -84,7 +91,8 @@ def mcp_blueprint(
 
 
 class _Endpoint:
-    def __init__(self, accept: Accept, ask: Ask, after_ack: AfterAck | None) -> None:
+    def __init__(self, accept: Accept, ask: Ask, callback_hosts: Collection[str], after_ack: AfterAck | None) -> None:
+        self._callback_hosts = callback_hosts
         self._accept = accept
         self._ask = ask
         self._after_ack = after_ack
@@ -165,7 +173,7 @@ class _Endpoint:
         if params["name"] != tool.TOOL.name:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {tool.quoted(params['name'])}")
         try:
-            called = tool.read_call(params.get("arguments") or {}, request.headers)
+            called = tool.read_call(params.get("arguments") or {}, request.headers, self._callback_hosts)
             if isinstance(called, Question):
                 return self._answer(called)
             ack = self._accept(called)

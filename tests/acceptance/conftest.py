@@ -38,6 +38,7 @@ def service_environment(database_url: str, inbox: Inbox, messages_api: MessagesA
         "ANTHROPIC_BASE_URL": messages_api.url,
         "POKE_API_KEY": "pk-for-the-inbox",
         "POKE_WEBHOOK_URL": inbox.message_url,
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
         "POKESTRATOR_CONCURRENCY": "2",
         "POKESTRATOR_DRAIN_SECONDS": "5",
     }

@@ -92,6 +92,7 @@ def environment(inbox: Inbox, api: MessagesApi, data: Path, **more: str) -> dict
         "ANTHROPIC_BASE_URL": api.url,
         "POKE_API_KEY": "pk-for-the-inbox",
         "POKE_WEBHOOK_URL": inbox.message_url,
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
         "POKESTRATOR_CONCURRENCY": "2",
         "POKESTRATOR_DRAIN_SECONDS": str(DRAIN_SECONDS),
         **more,

@@ -51,6 +51,7 @@ def running_service(**settings: str) -> Iterator[Stand]:
             "ANTHROPIC_BASE_URL": api.url,
             "POKE_API_KEY": "pk-for-the-inbox",
             "POKE_WEBHOOK_URL": inbox.message_url,
+            "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
             "POKESTRATOR_DRAIN_SECONDS": "0",
             **settings,
         }

@@ -96,6 +96,7 @@ def standing() -> Iterator[Stand]:
                 "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{api_line.port}",
                 "POKE_API_KEY": "pk-for-the-inbox",
                 "POKE_WEBHOOK_URL": _through(inbox_line, inbox.message_url),
+                "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
                 "POKESTRATOR_CONCURRENCY": "2",
                 "POKESTRATOR_DAILY_BUDGET_USD": "100000",  # what dead runs had reserved counts as spent
                 "POKESTRATOR_CALLER_DAILY_BUDGET_USD": "100000",
