@@ -216,6 +216,13 @@ def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(door: Door
         assert b'"result":{}' in everything(client)
 
 
+@attack("headers that speak for a proxy: `SCRIPT_NAME`, `X-Forwarded-For` and the like", "as if they were not there")
+@pytest.mark.parametrize("header", ["SCRIPT_NAME: /mcp", "PATH_INFO: /healthz", "X_Poke_User_Id: me"])
+def test_nobody_speaks_for_a_proxy(door: Door, header: str) -> None:
+    forwarded = ("X-Forwarded-For: 10.0.0.1", "X-Forwarded-Proto: https", "X-Forwarded-Ssl: off")
+    assert door.statuses(request(LENGTH, header, *forwarded, "Connection: close", body=PING)) == [200]
+
+
 # Time --------------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +329,7 @@ def test_every_answer_has_the_security_headers(door: Door) -> None:
     ping = request(LENGTH, "Connection: close", body=PING)
     asked = {
         200: ping,
+        400: ping.replace(b"Host:", b"Host :"),
         401: ping.replace(b"Authorization", b"X-Nothing"),
         403: ping.replace(b"\r\nAccept", b"\r\nOrigin: null\r\nAccept"),
         404: ping.replace(b"POST /mcp", b"POST /other"),
