@@ -155,9 +155,13 @@ class GatheringWorker(ThreadWorker):
             conn.send(CONTINUE)
 
     def _make_room(self) -> None:
-        """Refuse whoever has been at it for longest."""
-        if oldest := next(iter(self._arriving), None):
-            self._refuse(oldest, 503)
+        """Close whoever has been leaving for longest, or else refuse whoever has been arriving for longest."""
+        if leaving := next(iter(self._leaving), None):
+            self._end(leaving)
+        elif oldest := next(iter(self._arriving), None):
+            _log_refusal(oldest, 503)
+            oldest.send(refusal(503))
+            self._end(oldest)
 
     # a thread answers it -----------------------------------------------------------------------------------------
 
@@ -201,7 +205,7 @@ class GatheringWorker(ThreadWorker):
 
     def _refuse(self, conn: Client, status: int) -> None:
         """Answer without having read the request."""
-        log.info("request_refused", status=status, reason=HTTPStatus(status).phrase, address=conn.client[0])
+        _log_refusal(conn, status)
         self._forget(conn)
         conn.send(refusal(status))
         self._part_from(conn)
@@ -256,6 +260,10 @@ class GatheringWorker(ThreadWorker):
             self._forget(conn)
         self.nr_conns -= 1
         conn.close()  # type: ignore[no-untyped-call]
+
+
+def _log_refusal(conn: Client, status: int) -> None:
+    log.info("request_refused", status=status, reason=HTTPStatus(status).phrase, address=conn.client[0])
 
 
 def _expired(conns: Iterable[Client], now: float) -> list[Client]:
