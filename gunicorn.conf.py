@@ -32,6 +32,7 @@ logger_class = "pokestrator.web.server.Logger"
 workers = settings.web_concurrency
 threads = 16  # a request takes milliseconds: it waits for one COMMIT
 worker_connections = 512  # fewer than a process may have files open, which is often 1,024
+forwarded_allow_ips = ""  # nobody's word is taken for where a request comes from, or what its path is
 timeout = 60
 graceful_timeout = settings.drain_seconds + 10
 control_socket_disable = True  # there is one per HOME: two instances would fight over it
