@@ -44,6 +44,7 @@ THREADS = (
     "pokestrator/delivery.py",
     "pokestrator/claude/slot_process.py",
     "pokestrator/claude/relay.py",
+    "pokestrator/web/gathering.py",  # hands whole requests to gunicorn's own threads
     "pokestrator/claude/slot.py",  # in the slot's own process: waits for its parent's end
     "pokestrator/cli.py",  # one job's thread, so that Ctrl-C is heard while it runs
     "pokestrator/demo/",  # its loopback servers, and the reader of the service's log
