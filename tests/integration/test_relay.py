@@ -73,7 +73,8 @@ def test_the_real_cli_works_with_an_oauth_token() -> None:
     with MessagesApi(OAUTH) as api:
         environment = {**agent_environment(api.url), "CLAUDE_CODE_OAUTH_TOKEN": OAUTH}
         del environment["ANTHROPIC_API_KEY"]
-        assert Inline(environment).run(scripted({"text": "Done."}), ignore).text == "Done."
+        result = Inline(environment).run(scripted({"text": "Done."}, timeout_seconds=40.0), ignore)
+        assert result.text == "Done.", result
         assert {request.path for request in api.requests} == {"/v1/messages"}
         assert "oauth" in api.requests[0].headers["anthropic-beta"]
 
