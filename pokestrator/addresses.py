@@ -36,6 +36,10 @@ def matches(host: str, patterns: Iterable[str]) -> bool:
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out to the internet at large
+# What Python's tables still call global: anycast relays into 6to4, and documentation.
+_NOT_GLOBAL = [ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("3fff::/20")]
+_ISATAP = (0x00005EFE, 0x02005EFE)  # the upper half of an interface's id, whose lower half is an IPv4 address
 
 
 def is_public(address: str) -> bool:
@@ -45,11 +49,21 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is not None:
+        if (inner := _translated(ip)) is not None:
             return is_public(str(inner))
-        if ip.teredo is not None:
+        if ip not in _GIVEN_OUT or ip.teredo is not None:
             return False
-    return ip.is_global and not ip.is_multicast
+        if int(ip) >> 32 & 0xFFFFFFFF in _ISATAP and not is_public(_last_four_bytes(ip)):
+            return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_GLOBAL)
+
+
+def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a packet to this one reaches in the end, where that can be told."""
+    if ip in _NAT64:
+        return ipaddress.IPv4Address(_last_four_bytes(ip))
+    return ip.ipv4_mapped or ip.sixtofour
+
+
+def _last_four_bytes(ip: ipaddress.IPv6Address) -> str:
+    return str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
