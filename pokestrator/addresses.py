@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 
@@ -28,18 +28,40 @@ def is_safe_url(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
 
 
-def matches(host: str, patterns: Iterable[str]) -> bool:
+def may_be_called_back(url: str, hosts: Collection[str]) -> bool:
+    """Whether a request may name this address for its answer: https at a listed host.
+
+    A loopback host only where it is listed itself; then plain http will do. No other address without a name.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    if not host or "@" in parts.netloc:
+        return False
+    if is_loopback(host):
+        return parts.scheme in ("http", "https") and not {host, f"[{host}]"}.isdisjoint(hosts)
+    return parts.scheme == "https" and not _is_address(host) and matches(host.rstrip("."), hosts)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def matches(host: str, patterns: Collection[str]) -> bool:
     """Whether `host` is one of `patterns`, or below one that is written `*.` and a name. All in lower case."""
     return any(
         host == each or (each.startswith("*.") and host.endswith(each[1:]) and host != each[1:]) for each in patterns
     )
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out to the internet at large
-# What Python's tables still call global: anycast relays into 6to4, and documentation.
-_NOT_GLOBAL = [ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("3fff::/20")]
-_ISATAP = (0x00005EFE, 0x02005EFE)  # the upper half of an interface's id, whose lower half is an IPv4 address
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # all that is in use of IPv6 outside
 
 
 def is_public(address: str) -> bool:
@@ -49,21 +71,11 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        if (inner := _translated(ip)) is not None:
+        if ip in _NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is not None:
             return is_public(str(inner))
-        if ip not in _GIVEN_OUT or ip.teredo is not None:
+        if ip.teredo is not None or ip not in _GIVEN_OUT:
             return False
-        if int(ip) >> 32 & 0xFFFFFFFF in _ISATAP and not is_public(_last_four_bytes(ip)):
-            return False
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_GLOBAL)
-
-
-def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that a packet to this one reaches in the end, where that can be told."""
-    if ip in _NAT64:
-        return ipaddress.IPv4Address(_last_four_bytes(ip))
-    return ip.ipv4_mapped or ip.sixtofour
-
-
-def _last_four_bytes(ip: ipaddress.IPv6Address) -> str:
-    return str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return ip.is_global and not ip.is_multicast

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import unquote
 
 from pydantic import (
     AliasChoices,
@@ -250,6 +251,17 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise SettingsError([_problem(given, e["loc"], e["msg"]) for e in error.errors()]) from error
 
+    def secret_values(self) -> list[str]:
+        """All values that must never reach a log, a page, a message or another process."""
+        given = (getattr(self, name) for name in type(self).model_fields)
+        values = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        # An address with a password: a driver or a proxy may quote the password alone, decoded or not.
+        for address in [*values, *self.agent_environment.values()]:
+            if "://" in address and "@" in address:
+                password = address.partition("://")[2].rpartition("@")[0].partition(":")[2]
+                values += [address, password, unquote(password)]
+        return values
+
     def refuse_open_door(self) -> None:
         """Raise SettingsError when strangers could reach the MCP endpoint without a key."""
         if self.api_key is None and not is_loopback(self.host):
@@ -267,6 +279,11 @@ def environment_names(field: str) -> tuple[str, ...]:
     if isinstance(info.validation_alias, AliasChoices):
         return tuple(str(choice) for choice in info.validation_alias.choices)
     return (info.alias,) if info.alias else ()
+
+
+def setting_names() -> frozenset[str]:
+    """Every environment name that settings are read from."""
+    return frozenset(name for field in Settings.model_fields for name in environment_names(field))
 
 
 def secret_names() -> frozenset[str]:
