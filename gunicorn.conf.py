@@ -31,6 +31,7 @@ worker_class = "pokestrator.web.server.Worker"
 logger_class = "pokestrator.web.server.Logger"
 workers = settings.web_concurrency
 threads = 16  # a request takes milliseconds: it waits for one COMMIT
+worker_connections = 512  # fewer than a process may have files open, which is often 1,024
 timeout = 60
 graceful_timeout = settings.drain_seconds + 10
 control_socket_disable = True  # there is one per HOME: two instances would fight over it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from urllib.parse import urlsplit
@@ -19,6 +20,10 @@ _NOT_FOR_US_6 = [IPv6Network(each) for each in ("2001::/23", "2001:db8::/32", "3
 _MAPPED, _NAT64, _SIX_TO_FOUR = IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16")
 _CARRIERS = ((_MAPPED, 0), (_NAT64, 0), (_SIX_TO_FOUR, 80))
 _ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # bits 64 to 95 of an address, in any network; an IPv4 address follows
+
+# Whatever a host is made of beyond these, another reader of the same URL may take for the host's end: for urllib3,
+# `https://evil.example\\.poke.com` leads to evil.example.
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 
 
 def is_loopback(host: str) -> bool:
@@ -77,6 +82,23 @@ def is_safe_url(url: str) -> bool:
     except ValueError:  # brackets that do not close, a port beyond 65,535
         return False
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or "")))
+
+
+def may_be_called_back(url: str, hosts: Collection[str]) -> bool:
+    """Whether a request may name this address for its answer: https at a listed host.
+
+    A loopback host only where it is listed itself; then plain http will do. No other address without a name.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname or "", parts.port
+    except ValueError:  # brackets that do not close, a port beyond 65,535
+        return False
+    if "@" in parts.netloc or not (_NAME.fullmatch(host) or is_address(host)) or not matches(host, hosts):
+        return False
+    if is_loopback(host):
+        return parts.scheme in ("http", "https")
+    return parts.scheme == "https" and not is_address(host)
 
 
 def _address(host: str) -> IPv4Address | IPv6Address | None:

@@ -11,17 +11,21 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from pokestrator.claude.capacity import default_concurrency, share
+from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
-from pokestrator.intake import Action, Question
+from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
-from pokestrator.poke import Poke
+from pokestrator.poke.api import Poke
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
+from pokestrator.setting_checks import MAKE_SECRET_KEY
 from pokestrator.settings import Settings
+from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.credentials import Credentials
 from pokestrator.store.embedded import embedded_in
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -29,6 +33,7 @@ from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import IDLE_SECONDS, Database, Line
 from pokestrator.store.recovery import Recovery
 from pokestrator.store.rows import WAKE_CHANNEL
+from pokestrator.store.secrets import Vault, key_in
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Template
@@ -45,6 +50,7 @@ def database_url(settings: Settings) -> str:
     """The database to use; starts or joins the embedded one when none is set. Raises StoreUnavailable."""
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
+    make_vault(settings)  # first: where its key cannot be used, no server is left running
     return embedded_in(settings.data_dir).url
 
 
@@ -58,6 +64,13 @@ def revive_embedded_database(settings: Settings) -> None:
     """Start the embedded PostgreSQL again if that is what we use and it has died. Raises StoreUnavailable."""
     if settings.database_url is None and embedded_in(settings.data_dir).revive():
         log.warning("embedded_database_revived")
+
+
+def make_vault(settings: Settings) -> Vault:
+    """What secrets are encrypted with; the first call makes the embedded database's key. Raises StoreUnavailable."""
+    if settings.secret_key is not None:
+        return Vault(settings.secret_key.get_secret_value())
+    return Vault() if settings.database_url is not None else Vault(key_in(settings.data_dir.expanduser()))
 
 
 @dataclass
@@ -153,7 +166,10 @@ def build(
     claude: Claude | None = None,
     templates_folder: Path = TEMPLATES_FOLDER,
 ) -> Application:
-    """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged."""
+    """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged.
+
+    Raises StoreUnavailable when the embedded database's key cannot be used.
+    """
     templates = _templates(templates_folder)
     database = Database(
         url,
@@ -161,13 +177,26 @@ def build(
         max_size=settings.db_pool_max_size,
         idle_seconds=STEPPING_SECONDS if settings.inline else IDLE_SECONDS,
     )
-    jobs, history, subagents = Jobs(database), History(database), Subagents(database)
+    vault = make_vault(settings)
+    limits = TaskLimits(settings.tasks_per_minute, settings.tasks_per_day, settings.unfinished_tasks)
+    jobs, history, subagents = Jobs(database, vault, limits), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
     runs = claude or make_claude(settings, concurrency)
-    delivery = Delivery(Callbacks(database), make_poke(settings))
+    delivery = Delivery(Callbacks(database, vault), make_poke(settings))
     stopping = threading.Event()
-    policy = RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build)
-    runner = Runner(jobs=jobs, subagents=subagents, templates=templates, claude=runs, policy=policy)
+    budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
+    policy = RunPolicy(
+        settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
+    )
+    runner = Runner(
+        jobs=jobs,
+        subagents=subagents,
+        credentials=Credentials(database, vault),
+        budgets=budgets,
+        templates=templates,
+        claude=runs,
+        policy=policy,
+    )
     service = Service(
         jobs=jobs,
         history=history,
@@ -248,12 +277,13 @@ def make_claude(settings: Settings, slots: int) -> Claude:
     for name, value in given.items():
         if value is not None:
             environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    return Inline(environment) if settings.inline else Slots(slots, environment)
+    egress = Egress(settings.egress)
+    return Inline(environment, egress) if settings.inline else Slots(slots, environment, egress)
 
 
 def make_poke(settings: Settings) -> Poke:
     key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
-    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run)
+    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run, callback_hosts=settings.callback_hosts)
 
 
 def notices(settings: Settings) -> list[str]:
@@ -265,6 +295,11 @@ def notices(settings: Settings) -> list[str]:
         found.append(
             "POKE_API_KEY is not set and POKE_DRY_RUN is off: jobs run, but results without a callback address of "
             "their own wait until there is a key (make one at poke.com/kitchen)"
+        )
+    if settings.secret_key is None and settings.database_url is not None:
+        found.append(
+            "POKESTRATOR_SECRET_KEY is not set: callback tokens are stored in the clear, and no credential can be "
+            f"stored (`{MAKE_SECRET_KEY}` prints a key)"
         )
     return found
 

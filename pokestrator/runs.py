@@ -6,7 +6,7 @@ service's process and an agent slot's process, so they are plain and picklable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -26,7 +26,9 @@ class ErrorKind(StrEnum):
     NO_OUTPUT = "no_output"  # the agent ended without saying anything
     TURN_LIMIT = "turn_limit"
     BUDGET_LIMIT = "budget_limit"
+    BUDGET_SPENT = "budget_spent"  # the day's, or the caller's: it was not begun
     REFUSAL = "refusal"  # the model declined the task
+    NEEDS_CREDENTIALS = "needs_credentials"  # its subagent names some that are not stored, or cannot be decrypted
     INVALID_DRAFT = "invalid_draft"  # the drafter's answer breaks the rules for subagents
     INTERRUPTED = "interrupted"  # the run's owner died too often
     NOT_STORED = "not_stored"  # the database was away, and the task needed it
@@ -35,7 +37,7 @@ class ErrorKind(StrEnum):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run cost. `cost_usd` is the CLI's own estimate."""
+    """What a run cost. `cost_usd` is what the relay counted, or the CLI's own estimate where it counted nothing."""
 
     cost_usd: float = 0.0
     input_tokens: int = 0
@@ -53,7 +55,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One question to Claude. `timeout_seconds` is counted from the call to `Claude.run` to its return."""
+    """One question to Claude. `timeout_seconds` is counted from the call to `Claude.run` to its return.
+
+    `variables` are secrets: they are in this run's environment and nowhere else.
+    """
 
     prompt: str
     system_prompt: str
@@ -64,13 +69,15 @@ class RunRequest:
     max_budget_usd: float = 1.0
     output_schema: Mapping[str, Any] | None = None  # JSON Schema; the answer is then in RunResult.structured
     run_id: str = ""  # what Claude.cancel names it by
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    hosts: tuple[str, ...] = ()  # that it may reach: names, `*.` in front for all below, `*` for any public one
 
 
 @dataclass(frozen=True)
 class RunEvent:
     """Something that happened during a run, short enough for a timeline."""
 
-    kind: str  # "tool" | "text" | "retry"
+    kind: str  # "tool" | "text" | "retry" | "connection" | "refused"
     text: str  # at most 200 characters
 
 
@@ -99,7 +106,15 @@ _SENTENCES = {
     ErrorKind.NO_OUTPUT: "I worked on this but came back with nothing; try saying it another way.",
     ErrorKind.TURN_LIMIT: "I couldn't finish this within the allowed number of steps; try a smaller task.",
     ErrorKind.BUDGET_LIMIT: "I couldn't finish this within its budget; try a smaller task.",
+    ErrorKind.BUDGET_SPENT: (
+        "I couldn't start this: today's budget for Claude is spent; please send it again tomorrow, which begins at "
+        "midnight UTC."
+    ),
     ErrorKind.REFUSAL: "Claude declined to do this task; if that seems wrong, try saying it another way.",
+    ErrorKind.NEEDS_CREDENTIALS: (
+        "I can't do this without {missing}: this service's owner adds it (never by text) with "
+        "`python -m pokestrator credentials set {name}`, then please send it again."
+    ),
     ErrorKind.INVALID_DRAFT: "I couldn't build what this needs; try describing the task in other words.",
     ErrorKind.INTERRUPTED: "This task was interrupted three times and was given up; please send it again.",
     ErrorKind.NOT_STORED: "My memory is away and I have nothing at hand for this; please send it again later.",
@@ -107,6 +122,10 @@ _SENTENCES = {
 }
 
 
-def sentence(kind: ErrorKind, timeout_seconds: float = 0) -> str:
-    """What the person is told about an error; a timeout names its seconds."""
-    return _SENTENCES[kind].format(seconds=round(timeout_seconds))
+def sentence(kind: ErrorKind, timeout_seconds: float = 0, missing: Sequence[str] = ()) -> str:
+    """What the person is told about an error; a timeout names its seconds, and missing credentials their names."""
+    return _SENTENCES[kind].format(
+        seconds=round(timeout_seconds),
+        missing=" and ".join(missing) or "a credential",
+        name=missing[0] if len(missing) == 1 else "NAME",
+    )

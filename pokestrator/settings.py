@@ -269,6 +269,11 @@ def environment_names(field: str) -> tuple[str, ...]:
     return (info.alias,) if info.alias else ()
 
 
+def setting_names() -> frozenset[str]:
+    """Every environment name that settings are read from."""
+    return frozenset(name for field in Settings.model_fields for name in environment_names(field))
+
+
 def secret_names() -> frozenset[str]:
     """Environment names whose values must never reach a log, a page or another process."""
     secret_fields = (name for name, info in Settings.model_fields.items() if "SecretStr" in str(info.annotation))

@@ -20,9 +20,10 @@ INSERT INTO subagents (name, origin, version) VALUES (%s, %s, 1) ON CONFLICT (na
 
 INSERT_VERSION = """
 INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, model, max_turns,
-    timeout_seconds, max_budget_usd, credentials, hosts, digest)
+    timeout_seconds, max_budget_usd, credentials, optional_credentials, hosts, digest)
 VALUES (%(subagent_id)s, %(version)s, %(author)s, %(description)s, %(system_prompt)s, %(tools)s, %(model)s,
-    %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(hosts)s, %(digest)s)"""
+    %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(optional_credentials)s, %(hosts)s,
+    %(digest)s)"""
 
 INSERT_EXAMPLE = """
 INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), %s) ON CONFLICT DO NOTHING"""
@@ -38,7 +39,7 @@ WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagen
 
 CURRENT = """
 SELECT s.id, s.name, s.origin, s.version, v.author, v.description, v.system_prompt, v.tools, v.model, v.max_turns,
-    v.timeout_seconds, v.max_budget_usd, v.credentials, v.hosts, v.digest, s.created_at
+    v.timeout_seconds, v.max_budget_usd, v.credentials, v.optional_credentials, v.hosts, v.digest, s.created_at
 FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version"""
 
 # Full-text search finds stored subagents that share a word with the task (any word, the best SHORTLIST by rank);

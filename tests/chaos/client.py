@@ -58,7 +58,7 @@ def tasks(count: int, seed: int, callback: Callable[[str], str]) -> Iterator[Tas
 
 def text_of(number: int, steps: Sequence[Step]) -> str:
     """A task for a shipped template. Its script is part of a link, whose words the routing does not weigh."""
-    text = f"Show me my Stripe payouts and balance, report {number}"
+    text = f"Split {number}.50 between 5 people with a tip"
     if not steps:
         return text
     script = json.dumps(steps, separators=(",", ":")).replace(" ", "\\u0020")

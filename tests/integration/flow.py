@@ -36,6 +36,7 @@ from pokestrator.subagents import Draft, Template
 DATA = tempfile.TemporaryDirectory(prefix="pokestrator-tests-data-")  # removed when the interpreter ends
 KEY = "sk-ant-scripted-0123456789"
 POKE_KEY = "poke-scripted-0123456789"
+HERE = ("127.0.0.1",)  # whose callbacks are allowed
 TOKEN = "callback-token-1"
 
 # One template, and a task that is one of its examples word for word.
@@ -62,6 +63,7 @@ def settings_for(api: MessagesApi, inbox: Inbox, **more: str) -> Settings:
         "ANTHROPIC_BASE_URL": api.url,
         "POKE_API_KEY": POKE_KEY,
         "POKE_WEBHOOK_URL": inbox.message_url,
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
         "POKESTRATOR_CONCURRENCY": "2",
         "POKESTRATOR_AGENT_TIMEOUT": "30",
         "POKESTRATOR_DRAIN_SECONDS": "0",

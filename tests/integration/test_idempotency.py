@@ -12,9 +12,10 @@ import pytest
 
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackTarget, Job, JobState, NewJob, Outcome
+from pokestrator.store.accepting import LOCK
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.history import History
-from pokestrator.store.jobs import LOCK_KEY, Jobs
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from tests.integration.flow import callback_row, job_row, rows
 
@@ -93,7 +94,7 @@ def test_a_repetition_that_waits_for_the_first_to_commit_finds_it(jobs: Jobs, da
     key = first.idempotency.key
     insert = "INSERT INTO jobs (id, task, metadata, channel, idempotency_key) VALUES (%s, 'Slow', '{}', 'none', %s)"
     with psycopg.connect(database_url) as slow, ThreadPoolExecutor(1) as other:
-        slow.execute(LOCK_KEY.encode(), [key])
+        slow.execute(LOCK.encode(), [[key]])
         told = other.submit(jobs.insert, second)
         with pytest.raises(TimeoutError):
             told.result(0.3)

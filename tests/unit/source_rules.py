@@ -17,7 +17,8 @@ MAX_LINES = 320
 
 # A file imports only from lower floors. A new module or folder must be given one here.
 FLOORS = {
-    **dict.fromkeys(["settings", "setting_checks", "environ", "addresses", "postgres_url", "errors", "telemetry"], 1),
+    **dict.fromkeys(["settings", "setting_checks", "credential_names", "environ", "postgres_url"], 1),
+    **dict.fromkeys(["addresses", "dialing", "errors", "telemetry"], 1),
     **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents"], 1),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
     **dict.fromkeys(["routing", "building", "delivery", "growth", "sweeping"], 3),
@@ -25,8 +26,10 @@ FLOORS = {
     **dict.fromkeys(["service", "dispatcher"], 5),
     **dict.fromkeys(["bootstrap", "following"], 6),
     **dict.fromkeys(["web", "demo"], 7),
-    **dict.fromkeys(["cli", "__main__"], 8),
-    **dict.fromkeys(PROCESS_FILES, 9),
+    "terminal": 7,
+    "cli_credentials": 8,
+    **dict.fromkeys(["cli", "__main__"], 9),
+    **dict.fromkeys(PROCESS_FILES, 10),
     "__init__": 0,
 }
 VALUES = 1  # on this floor siblings build on each other
@@ -47,7 +50,11 @@ THREADS = (
 )
 PROCESSES = ("pokestrator/claude/",)
 FLASK = ("pokestrator/web/",)
-REQUESTS = ("pokestrator/poke.py", "pokestrator/claude/relay.py")
+REQUESTS = (
+    "pokestrator/poke/",
+    "pokestrator/claude/relay_messages.py",
+    "pokestrator/claude/upstream.py",
+)
 ENVIRON = ("pokestrator/environ.py", *PROCESS_FILES)
 TEMPLATE_FILES = ("pokestrator/store/templates.py",)
 TEMPLATES_FOLDER = (*TEMPLATE_FILES, "pokestrator/bootstrap.py", "pokestrator/cli.py")  # they hand it on
@@ -56,6 +63,7 @@ SETTINGS = (
     "pokestrator/environ.py",
     "pokestrator/bootstrap.py",
     "pokestrator/cli.py",
+    "pokestrator/terminal.py",
     "pokestrator/web/",
     "pokestrator/demo/",
     *PROCESS_FILES,

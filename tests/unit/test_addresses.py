@@ -1,4 +1,4 @@
-"""Which addresses are public, and which hosts a pattern stands for: the tables that the ways out are built on."""
+"""Which addresses are public, which hosts a pattern stands for, and whom a request may have called back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import doctest
 import pytest
 
 from pokestrator import addresses
-from pokestrator.addresses import is_public, matches
+from pokestrator.addresses import is_public, matches, may_be_called_back
 
 PUBLIC = """
 8.8.8.8 1.1.1.1 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.0.1.1 198.17.255.255 223.255.255.254 168.63.129.15
@@ -38,6 +38,7 @@ NOT_PUBLIC = {
     "no address": "poke.com localhost [8.8.8.8 ] [ x",
 }
 
+POKE = ("poke.com", "*.poke.com")
 PATTERNS = ("poke.com", "*.poke.com", "127.0.0.1", "[::1]", "localhost", "*.0.0.2")
 LISTED = "poke.com POKE.COM poke.com. a.poke.com a.b.Poke.com. 127.0.0.1 ::1 [0::1] localhost"
 OTHERS = """
@@ -68,6 +69,62 @@ def test_another_host_does_not_match(host: str) -> None:
 
 def test_a_wildcard_does_not_stand_for_its_own_name() -> None:
     assert not matches("poke.com", ["*.poke.com"])
+
+
+@pytest.mark.parametrize(
+    "url", ["https://poke.com/cb", "https://api.poke.com:8443/cb?x=1", "https://POKE.com/cb", "https://poke.com./cb"]
+)
+def test_https_at_a_listed_host_may_be_called_back(url: str) -> None:
+    assert may_be_called_back(url, POKE)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://poke.com/cb",
+        "https://evilpoke.com/cb",
+        "https://poke.com.evil.example/cb",
+        "https://poke.com@evil.example/cb",
+        "https://user:pass@poke.com/cb",
+        "https://evil.example/poke.com",
+        "https://evil.example#poke.com",
+        "https://1.1.1.1/cb",
+        "https://127.0.0.1/cb",
+        "http://localhost/cb",
+        "https://[::1]/cb",
+        "https://2130706433/cb",
+        "https://0x7f.1/cb",
+        "https:///cb",
+        "https://[",
+        "https://poke.com:port/",
+        "https://evil.example\\.poke.com/cb",
+        "https://evil.example\\@poke.com/cb",
+        "https://127.0.0.1\\.poke.com/cb",
+        "https://evil.example%2f.poke.com/cb",
+        "https://evil.example%00.poke.com/cb",
+        "https://evil.example;.poke.com/cb",
+        "https://évil.poke.com/cb",
+        "https://poke.com。/cb",
+        "https://.poke.com/cb",
+        "https://a..poke.com/cb",
+        "https://[::ffff:127.0.0.1]/cb",
+        "https://[64:ff9b::7f00:1]/cb",
+        "ftp://poke.com/cb",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "",
+    ],
+)
+def test_nothing_else_may_be_called_back(url: str) -> None:
+    assert not may_be_called_back(url, POKE)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_loopback_host_may_be_called_back_only_where_it_is_listed_itself(scheme: str) -> None:
+    assert may_be_called_back(f"{scheme}://127.0.0.1:9/cb", ["127.0.0.1"])
+    assert may_be_called_back(f"{scheme}://[::1]:9/cb", ["[::1]"])
+    assert not may_be_called_back(f"{scheme}://127.0.0.2:9/cb", ["127.0.0.1", "localhost", *POKE])
+    assert not may_be_called_back("http://poke.com/cb", ["127.0.0.1", *POKE])
 
 
 def test_the_examples_are_true() -> None:

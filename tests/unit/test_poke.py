@@ -11,7 +11,8 @@ import pytest
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.poke import Poke, Receipt
+from pokestrator.poke.api import Poke
+from pokestrator.poke.post import Receipt
 from tests.unit.poke_calls import CONTENT, KEY, REQUEST_ID, TOKEN, by_callback, by_message_api, message
 
 
