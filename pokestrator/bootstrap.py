@@ -19,6 +19,7 @@ from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
 from pokestrator.poke.api import Poke
+from pokestrator.redaction import Redactor
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.setting_checks import MAKE_SECRET_KEY
@@ -165,8 +166,11 @@ def build(
     *,
     claude: Claude | None = None,
     templates_folder: Path = TEMPLATES_FOLDER,
+    redactor: Redactor | None = None,
 ) -> Application:
     """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged.
+
+    `redactor`: the one that the log uses too; runs add their secrets to it. Without one, there is one of the settings.
 
     Raises StoreUnavailable when the embedded database's key cannot be used.
     """
@@ -188,6 +192,7 @@ def build(
     policy = RunPolicy(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
+    redactor = redactor or Redactor(settings.secret_values())
     runner = Runner(
         jobs=jobs,
         subagents=subagents,
@@ -195,6 +200,7 @@ def build(
         budgets=budgets,
         templates=templates,
         claude=runs,
+        redactor=redactor,
         policy=policy,
     )
     service = Service(
@@ -204,6 +210,7 @@ def build(
         claude=runs,
         delivery=delivery,
         stopping=stopping,
+        redact=redactor,
         accept_seconds=None if settings.inline else ACCEPT_SECONDS,
     )
 

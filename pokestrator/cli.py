@@ -21,7 +21,7 @@ import click
 
 from pokestrator import __version__
 from pokestrator.cli_credentials import credentials
-from pokestrator.environ import process_settings, server_environment
+from pokestrator.environ import process_redactor, process_settings, server_environment
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackState, Channel, Job, JobState, NewJob, Outcome
@@ -89,7 +89,7 @@ def run(task: str) -> None:
         refuse(error)
     except InvalidTask as error:
         fail(2, str(error))
-    configure_logging("DEBUG" if settings.log_level == "DEBUG" else "ERROR")
+    configure_logging("DEBUG" if settings.log_level == "DEBUG" else "ERROR", redact=process_redactor())
     for notice in bootstrap.notices(settings):
         click.echo(notice, err=True)
     with interruptible():
@@ -204,7 +204,7 @@ def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
         try:
             url = bootstrap.database_url(settings)
             stack.callback(bootstrap.leave_embedded_database, settings)
-            application = bootstrap.build(settings, url)
+            application = bootstrap.build(settings, url, redactor=process_redactor())
             stack.callback(application.close)
             application.start()
         except StoreUnavailable as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Literal
@@ -12,6 +12,7 @@ from pokestrator.building import draft_request, read_draft, task_text
 from pokestrator.claude.pool import Claude
 from pokestrator.errors import InvalidDefinition, StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
+from pokestrator.redaction import Redactor, redacted
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
 from pokestrator.store.budgets import Budgets, Reservation
@@ -76,6 +77,7 @@ class Runner:
         budgets: Budgets,
         templates: Sequence[Template],
         claude: Claude,
+        redactor: Redactor,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
@@ -85,6 +87,7 @@ class Runner:
         self._from_memory = MemoryBudget(budgets.most_usd)
         self._templates = {template.name: template for template in templates}
         self._claude = claude
+        self._redactor = redactor
         self._policy = policy
 
     def outcome(self, job: Job) -> Outcome:
@@ -113,7 +116,7 @@ class Runner:
             return lacking
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
         return outcome_of(result, request.timeout_seconds)
 
     def _reserve(self, job: Job, usd: float) -> Outcome | None:
@@ -141,7 +144,7 @@ class Runner:
         request = replace(request, run_id=job.run_id, max_budget_usd=budget)
         if lacking := self._reserve(job, budget):
             return lacking
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
         if result.error is not None:
             return outcome_of(result, request.timeout_seconds)
         try:
@@ -168,13 +171,21 @@ class Runner:
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
         if not self._from_memory.reserve(request.max_budget_usd):
             return failed(ErrorKind.BUDGET_SPENT, "as much was spent from memory as may be on a day")
-        result = self._claude.run(request, _ignore)
+        result = self._ask(request, _ignore)
         self._from_memory.settle(request.max_budget_usd, result.usage.cost_usd)
         return outcome_of(result, request.timeout_seconds)
 
+    def _ask(self, request: RunRequest, on_event: Callable[[RunEvent], None]) -> RunResult:
+        """A run of Claude, nothing of which holds a secret that is known here."""
+        with self._redactor.also(request.variables.values()):
+            result = self._claude.run(request, on_event)
+            structured = None if result.structured is None else redacted(result.structured, self._redactor)
+            text, detail = self._redactor(result.text), self._redactor(result.detail)
+        return replace(result, text=text, detail=detail, structured=structured)
+
     def _note(self, job: Job, kind: str, text: str) -> None:
         try:
-            self._jobs.note(job, kind, one_line(text))
+            self._jobs.note(job, kind, one_line(self._redactor(text)))
         except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
             log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
 

@@ -60,6 +60,7 @@ class Service:
         claude: Claude,
         delivery: Delivery,
         stopping: threading.Event,
+        redact: Callable[[str], str],
         accept_seconds: float | None = ACCEPT_SECONDS,
     ) -> None:
         """`accept_seconds`: how long a caller waits for the database; None, while somebody may be stepping."""
@@ -69,6 +70,7 @@ class Service:
         self._claude = claude
         self._delivery = delivery
         self._stopping = stopping
+        self._redact = redact
         self._accept_seconds = accept_seconds
         self._impatient_until = 0.0
         self._runs_here: dict[uuid.UUID, str] = {}
@@ -185,7 +187,7 @@ class Service:
             raise LeaseLost(f"released, because the database was away: {error}") from error
         except Exception as error:
             log.exception("run_failed", request_id=str(job.id))
-            outcome = failed(ErrorKind.INTERNAL, f"{type(error).__name__}: {error}")
+            outcome = failed(ErrorKind.INTERNAL, self._redact(f"{type(error).__name__}: {error}"))
         finally:
             if self._runs_here.get(job.id) == job.run_id:  # not a later claim's
                 del self._runs_here[job.id]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import unquote
 
 from pydantic import (
     AliasChoices,
@@ -249,6 +250,17 @@ class Settings(BaseModel):
             return cls.model_validate({**given, "agent_environment": inherited})
         except ValidationError as error:
             raise SettingsError([_problem(given, e["loc"], e["msg"]) for e in error.errors()]) from error
+
+    def secret_values(self) -> list[str]:
+        """All values that must never reach a log, a page, a message or another process."""
+        given = (getattr(self, name) for name in type(self).model_fields)
+        values = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        # An address with a password: a driver or a proxy may quote the password alone, decoded or not.
+        for address in [*values, *self.agent_environment.values()]:
+            if "://" in address and "@" in address:
+                password = address.partition("://")[2].rpartition("@")[0].partition(":")[2]
+                values += [address, password, unquote(password)]
+        return values
 
     def refuse_open_door(self) -> None:
         """Raise SettingsError when strangers could reach the MCP endpoint without a key."""

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import structlog
 
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
-    """Send our events and those of all libraries to `stream` (stderr) from `level` up."""
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Takes secrets out of each line as it is written, tracebacks and libraries' records included."""
+
+    def __init__(self, redact: Callable[[str], str], **options: Any) -> None:
+        super().__init__(**options)
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
+
+
+def configure_logging(level: str, stream: TextIO | None = None, redact: Callable[[str], str] = str) -> None:
+    """Send our events and those of all libraries to `stream` (stderr) from `level` up, each line through `redact`."""
     out = stream or sys.stderr
     renderer: Any
     if out.isatty():
@@ -24,7 +36,8 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     ]
     handler = logging.StreamHandler(out)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        _Formatter(
+            redact,
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,

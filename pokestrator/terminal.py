@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from pokestrator.environ import process_settings
+from pokestrator.environ import process_redactor, process_settings
 from pokestrator.errors import SettingsError, StoreUnavailable
 from pokestrator.settings import Settings
 from pokestrator.telemetry import configure_logging
@@ -41,7 +41,7 @@ def line_to_database(settings: Settings, *, prepare: bool = False) -> Iterator[L
     from pokestrator.store.migrate import MigrationChanged, migrate
     from pokestrator.store.pool import Database
 
-    configure_logging("ERROR")
+    configure_logging("ERROR", redact=process_redactor())
     with interruptible(), ExitStack() as stack:
         try:
             database = Database(bootstrap.database_url(settings))

@@ -15,7 +15,7 @@ log = get_logger(__name__)
 
 IDLE_SECONDS = 10.0  # that a client may stay silent while we wait for its request
 LONGEST_LINE = 65_536  # bytes of a request's first line
-MOST_BODY = 32 * 2**20  # bytes: what Claude's API takes
+MOST_BODY = 16 * 2**20  # bytes; Claude's API takes twice as much, and no conversation is as long
 
 
 class Refused(Exception):

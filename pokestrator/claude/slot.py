@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from pokestrator.claude import processes
+from pokestrator.redaction import Redactor
 from pokestrator.runs import RunEvent, RunRequest, RunResult
 from pokestrator.telemetry import configure_logging
 
@@ -28,6 +29,7 @@ class _Slot:
 
     def __init__(self, events: Connection, environment: Mapping[str, str]) -> None:
         self.environment = environment
+        self.redactor = Redactor()
         self.folder: Path | None = None
         self._events = events
         self._room = select.poll()
@@ -67,7 +69,7 @@ def settle(lifeline: Connection, events: Connection, environment: Mapping[str, s
     _slot = _Slot(events, environment)
     signal.signal(_LEAVE, _slot.leave)
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
-    configure_logging("WARNING")
+    configure_logging("WARNING", redact=_slot.redactor)
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # what it would say is in the run's result
     import pokestrator.claude.worker  # noqa: F401 - half a second that no run has to wait
 
@@ -85,7 +87,8 @@ def run(request: RunRequest, folder: str, deadline: float) -> RunResult:
     _slot.folder = Path(folder)
     end_all, never = processes.kill_descendants, lambda: False  # a slot whose run must end is killed itself
     try:
-        return worker.run(request, _slot.environment, _slot.folder, deadline, end_all, _slot.send, never)
+        with _slot.redactor.also(request.variables.values()):
+            return worker.run(request, _slot.environment, _slot.folder, deadline, end_all, _slot.send, never)
     finally:
         processes.reap()
         _slot.folder = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from claude_agent_sdk import (
 from pokestrator.claude.outcomes import Ending, failure, result_of, usage_of
 from pokestrator.claude.processes import MARK
 from pokestrator.environ import environment
+from pokestrator.redaction import Redactor
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.settings import secret_names
 from pokestrator.telemetry import one_line
@@ -48,7 +49,6 @@ _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
 _LOOPBACK = ("127.0.0.1", "localhost")  # where the relay is: asked for Claude, it is no proxy
 NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
-_LEAST_SECRET = 8  # characters; shorter values are no secrets, and would be found in ordinary words
 
 
 def run(
@@ -69,7 +69,7 @@ def run(
     """
     seen = _environment(allowed, request.variables, folder, deadline)
     conversation = _Conversation(
-        request, folder, deadline, kill_processes, _censor(allowed, request), on_event, must_end
+        request, folder, deadline, kill_processes, Redactor(_secrets(allowed, request)), on_event, must_end
     )
     try:
         with environment(seen):
@@ -87,7 +87,7 @@ class _Conversation:
         folder: Path,
         deadline: float,
         kill_processes: Callable[[], object],
-        censor: _Censor,
+        censor: Redactor,
         on_event: Callable[[RunEvent], None],
         must_end: Callable[[], bool],
     ) -> None:
@@ -187,23 +187,9 @@ class _Conversation:
         )
 
 
-class _Censor:
-    """Takes the values of secrets out of what an agent says: it can print its own environment."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        # The longest first: one may be part of another.
-        self._secrets = sorted({value for value in secrets if len(value) >= _LEAST_SECRET}, key=len, reverse=True)
-
-    def __call__(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
-
-
-def _censor(allowed: Mapping[str, str], request: RunRequest) -> _Censor:
-    """Every secret value that this run's agent has."""
-    own = [value for name, value in allowed.items() if name in secret_names()]
-    return _Censor([*own, *request.variables.values()])
+def _secrets(allowed: Mapping[str, str], request: RunRequest) -> list[str]:
+    """Every secret value that this run's agent has: it can print its own environment."""
+    return [*(value for name, value in allowed.items() if name in secret_names()), *request.variables.values()]
 
 
 def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:

@@ -16,11 +16,13 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from gunicorn import http
+from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 from pokestrator.telemetry import get_logger
@@ -36,6 +38,15 @@ LEAVE_SECONDS = 2  # for the client to take the last answer and close
 MAX_BUFFERED_BYTES = 32 * 1024 * 1024  # of requests that have not arrived in full, in all
 RECEIVE_BYTES = 64 * 1024
 MAX_DISCARDED_BYTES = 8 * 1024 * 1024  # of what is sent by somebody who has been refused
+
+# What gunicorn's parser raises, and how it is answered: the first that fits.
+REFUSED = {
+    errors.UnsupportedTransferCoding: 501,
+    errors.LimitRequestLine: 414,
+    errors.LimitRequestHeaders: 431,
+    errors.ExpectationFailed: 417,
+    errors.ParseException: 400,
+}
 
 
 class Client(TConn):
@@ -144,9 +155,13 @@ class GatheringWorker(ThreadWorker):
             conn.send(CONTINUE)
 
     def _make_room(self) -> None:
-        """Refuse whoever has been at it for longest."""
-        if oldest := next(iter(self._arriving), None):
-            self._refuse(oldest, 503)
+        """Close whoever has been leaving for longest, or else refuse whoever has been arriving for longest."""
+        if leaving := next(iter(self._leaving), None):
+            self._end(leaving)
+        elif oldest := next(iter(self._arriving), None):
+            _log_refusal(oldest, 503)
+            oldest.send(refusal(503))
+            self._end(oldest)
 
     # a thread answers it -----------------------------------------------------------------------------------------
 
@@ -160,6 +175,17 @@ class GatheringWorker(ThreadWorker):
             return bool(super().handle_request(req, conn))  # type: ignore[no-untyped-call]
         except TimeoutError:
             return False
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
+        """Answer what gunicorn's parser has refused, and what nobody has foreseen, without a word of the request's."""
+        status = next((status for kind, status in REFUSED.items() if isinstance(exc, kind)), 500)
+        if status == 500:
+            log.error("request_failed", exc_info=exc)
+        else:
+            log.warning("request_refused", status=status, reason=type(exc).__name__, address=addr[0])
+        with suppress(OSError):  # it has gone, or takes nothing: it is closed in any case
+            client.settimeout(0)
+            client.send(refusal(status))
 
     def finish_request(self, conn: Client, fs: Future[bool]) -> None:
         """Called in the main loop when a thread is done with a connection; its result says whether to keep it."""
@@ -179,7 +205,7 @@ class GatheringWorker(ThreadWorker):
 
     def _refuse(self, conn: Client, status: int) -> None:
         """Answer without having read the request."""
-        log.info("request_refused", status=status, reason=HTTPStatus(status).phrase, address=conn.client[0])
+        _log_refusal(conn, status)
         self._forget(conn)
         conn.send(refusal(status))
         self._part_from(conn)
@@ -234,6 +260,10 @@ class GatheringWorker(ThreadWorker):
             self._forget(conn)
         self.nr_conns -= 1
         conn.close()  # type: ignore[no-untyped-call]
+
+
+def _log_refusal(conn: Client, status: int) -> None:
+    log.info("request_refused", status=status, reason=HTTPStatus(status).phrase, address=conn.client[0])
 
 
 def _expired(conns: Iterable[Client], now: float) -> list[Client]:

@@ -32,6 +32,7 @@ from pokestrator.jobs import CallbackTarget, Channel, NewJob, Outcome
 from pokestrator.runs import RunRequest, RunResult
 from pokestrator.settings import Settings
 from pokestrator.subagents import Draft, Template
+from tests.no_limits import NO_LIMITS
 
 DATA = tempfile.TemporaryDirectory(prefix="pokestrator-tests-data-")  # removed when the interpreter ends
 KEY = "sk-ant-scripted-0123456789"
@@ -58,6 +59,7 @@ def settings_for(api: MessagesApi, inbox: Inbox, **more: str) -> Settings:
     """The settings of an instance whose Claude and whose Poke are ours."""
     values = {
         "PATH": os.environ["PATH"],
+        **NO_LIMITS,
         "POKESTRATOR_DATA_DIR": DATA.name,
         "ANTHROPIC_API_KEY": KEY,
         "ANTHROPIC_BASE_URL": api.url,

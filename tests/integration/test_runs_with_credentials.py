@@ -9,6 +9,7 @@ import pytest
 
 from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
+from pokestrator.redaction import Redactor
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
 from pokestrator.store.budgets import Budgets
@@ -62,6 +63,7 @@ def run(
             budgets=Budgets(database, 20.0, 10.0),
             templates=templates,
             claude=claude,
+            redactor=Redactor(),
             policy=policy,
         )
         subagents.follow(templates)
@@ -138,6 +140,7 @@ def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, 
         budgets=Budgets(away, 20.0, 10.0),
         templates=[poet(**{field: ["SEA_KEY"]})],
         claude=claude,
+        redactor=Redactor(),
         policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
     )
     outcome = runner.outcome_from_memory(quiet_task(POET_TASK))

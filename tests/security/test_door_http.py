@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import flask
 import pytest
 
 from pokestrator.store.embedded import EmbeddedPostgres
-from pokestrator.web.gathering import READ_SECONDS, WRITE_SECONDS
+from pokestrator.web.gathering import MAX_BUFFERED_BYTES, READ_SECONDS, WRITE_SECONDS
 from pokestrator.web.guard import Guard
+from pokestrator.web.mcp import MAX_BODY_BYTES
 from tests.acceptance.processes import eventually, is_read
 from tests.integration.mcp_peer import call, rpc
 from tests.security.attacks import attack
@@ -23,6 +25,7 @@ PING = rpc("ping").encode()
 TASK = call({"task_description": "Show me my Stripe payouts"}).encode()
 SMUGGLED = request(f"Content-Length: {len(TASK)}", "Connection: close", body=TASK)
 SLOW = 64
+CONNECTIONS = 512  # gunicorn.conf.py
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,13 @@ def test_a_client_that_asks_before_it_sends_its_body_is_told_to_go_on(door: Door
         assert b'"result":{}' in everything(client)
 
 
+@attack("headers that speak for a proxy: `SCRIPT_NAME`, `X-Forwarded-For` and the like", "as if they were not there")
+@pytest.mark.parametrize("header", ["SCRIPT_NAME: /mcp", "PATH_INFO: /healthz", "X_Poke_User_Id: me"])
+def test_nobody_speaks_for_a_proxy(door: Door, header: str) -> None:
+    forwarded = ("X-Forwarded-For: 10.0.0.1", "X-Forwarded-Proto: https", "X-Forwarded-Ssl: off")
+    assert door.statuses(request(LENGTH, header, *forwarded, "Connection: close", body=PING)) == [200]
+
+
 # Time --------------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +257,29 @@ def test_slow_senders_keep_nobody_out_and_are_refused(door: Door) -> None:
         for client in clients:
             client.close()
     assert {answer[:21] for answer in answered.values()} == {b"HTTP/1.1 408 Request T"[:21]}
+
+
+@attack("more connections than a worker may have, each with half a request", "the oldest get 503, others are answered")
+def test_half_requests_make_room_for_whole_ones(door: Door) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(door.connect()) for _ in range(CONNECTIONS + 50)]
+        for client in clients:
+            client.sendall(request()[:80])
+        assert door.healthz().status_code == 200
+        assert b" 503 " in everything(clients[0])
+
+
+@attack("half requests that would fill the memory", "the largest get 503 when all of them together are 32 MB")
+def test_half_requests_do_not_fill_the_memory(door: Door) -> None:
+    half = request(f"Content-Length: {MAX_BODY_BYTES}", body=b" " * (MAX_BODY_BYTES - 1))
+    with ExitStack() as stack:
+        clients = [stack.enter_context(door.connect()) for _ in range(MAX_BUFFERED_BYTES // MAX_BODY_BYTES + 5)]
+        for client in clients:
+            client.sendall(half)
+        assert eventually(lambda: select.select(clients, [], [], 0)[0], READ_SECONDS)
+        [refused, *_] = select.select(clients, [], [], 0)[0]
+        assert b" 503 " in everything(refused)
+        assert door.post(PING).status == 200
 
 
 @attack("64 connections that ask again and again and read no answer", "closed; others are answered meanwhile")
@@ -322,6 +355,7 @@ def test_every_answer_has_the_security_headers(door: Door) -> None:
     ping = request(LENGTH, "Connection: close", body=PING)
     asked = {
         200: ping,
+        400: ping.replace(b"Host:", b"Host :"),
         401: ping.replace(b"Authorization", b"X-Nothing"),
         403: ping.replace(b"\r\nAccept", b"\r\nOrigin: null\r\nAccept"),
         404: ping.replace(b"POST /mcp", b"POST /other"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,19 @@ def test_what_was_read_is_what_is_sent(run: Run, api: MessagesApi) -> None:
     assert requests.post(f"{run.url}/v1/messages", data=body.encode(), headers=headers, timeout=10).ok
     assert api.requests[-1].body["tools"] == []
     assert int(api.requests[-1].headers["content-length"]) < len(body) - 40
+
+
+@attack("a question to fill the service's memory with: 17 MB, or millions of empty lists", "413")
+@pytest.mark.parametrize(
+    "body", [b'"' + b"x" * 17_000_000 + b'"', b"[" + b"[]," * 2_000_000 + b"[]]"], ids=["long", "parts"]
+)
+def test_a_question_may_not_fill_the_memory(run: Run, body: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", run.port), 20) as connection:
+        head = f"POST /v1/messages HTTP/1.1\r\nx-api-key: {run.token}\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode())
+        with suppress(ConnectionError):  # it may have answered before all of it was sent
+            connection.sendall(body)
+        assert connection.recv(20).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_subagent_that_lists_web_search_has_it(relay: Relay) -> None:
