@@ -23,6 +23,7 @@ _ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # bits 64 to 95 of an address, in any netw
 
 # Whatever a host is made of beyond these, another reader of the same URL may take for the host's end: for urllib3,
 # `https://evil.example\\.poke.com` leads to evil.example.
+_PLAIN = re.compile(r"[!-~]+")
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 
 
@@ -89,6 +90,8 @@ def may_be_called_back(url: str, hosts: Collection[str]) -> bool:
 
     A loopback host only where it is listed itself; then plain http will do. No other address without a name.
     """
+    if not _PLAIN.fullmatch(url):  # urlsplit drops tabs and line ends
+        return False
     try:
         parts = urlsplit(url)
         host, _port = parts.hostname or "", parts.port
