@@ -193,6 +193,7 @@ def build(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
     redactor = redactor or Redactor(settings.secret_values())
+    redactor.learn(vault.keys)
     runner = Runner(
         jobs=jobs,
         subagents=subagents,

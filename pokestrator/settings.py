@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import unquote
 
 from pydantic import (
     AliasChoices,
@@ -25,12 +24,14 @@ from pydantic import (
 from pokestrator.addresses import is_loopback
 from pokestrator.errors import SettingsError
 from pokestrator.postgres_url import check_postgres_url
+from pokestrator.redaction import passwords
 from pokestrator.setting_checks import (
     check_hosts,
     check_origins,
     check_path,
     check_secret_key,
     check_url,
+    secret_keys,
     upper,
     without_brackets,
 )
@@ -255,12 +256,11 @@ class Settings(BaseModel):
         """All values that must never reach a log, a page, a message or another process."""
         given = (getattr(self, name) for name in type(self).model_fields)
         values = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
-        # An address with a password: a driver or a proxy may quote the password alone, decoded or not.
-        for address in [*values, *self.agent_environment.values()]:
-            if "://" in address and "@" in address:
-                password = address.partition("://")[2].rpartition("@")[0].partition(":")[2]
-                values += [address, password, unquote(password)]
-        return values
+        if self.secret_key is not None:
+            values += [key.decode() for key in secret_keys(self.secret_key.get_secret_value())]
+        # A driver or a proxy may quote the password alone.
+        addresses = [*values, *self.agent_environment.values()]
+        return [*values, *(secret for address in addresses for secret in passwords(address))]
 
     def refuse_open_door(self) -> None:
         """Raise SettingsError when strangers could reach the MCP endpoint without a key."""

@@ -21,6 +21,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
+from pokestrator.redaction import Redactor
 from pokestrator.telemetry import one_line
 
 CONNECT_SECONDS = 5
@@ -156,7 +157,8 @@ def send(post: Post, url: str, token: str, body: dict[str, Any], idempotency_key
                 allow_redirects=False,  # a followed 302 would turn the POST into a GET without its body
                 stream=True,
             ) as response:
-                return _receipt(response)
+                # Refusals quote what they refuse.
+                return _receipt(response, Redactor([token, url]))
     except Inside as error:
         return refused(str(error))
     except (requests.RequestException, ValueError) as error:
@@ -175,14 +177,14 @@ def host_name(url: str) -> str:
         return "no address"
 
 
-def _receipt(response: requests.Response) -> Receipt:
+def _receipt(response: requests.Response, redact: Redactor) -> Receipt:
     status = response.status_code
     answer = _answer(response)
     if 200 <= status < 300:
         if answer.get("success") is False:
-            return Receipt(False, status, _complaint(status, answer))
+            return Receipt(False, status, _complaint(status, answer, redact))
         return Receipt(True, status)
-    return Receipt(False, status, _complaint(status, answer), _retry_after(response, answer))
+    return Receipt(False, status, _complaint(status, answer, redact), _retry_after(response, answer))
 
 
 def _answer(response: requests.Response) -> dict[str, Any]:
@@ -204,9 +206,9 @@ def _body(response: requests.Response) -> bytes:
     return body
 
 
-def _complaint(status: int, answer: dict[str, Any]) -> str:
+def _complaint(status: int, answer: dict[str, Any], redact: Redactor) -> str:
     said = answer.get("error") or answer.get("message") or ""
-    return one_line(f"HTTP {status} {said}".strip())
+    return one_line(redact(f"HTTP {status} {said}".strip()))
 
 
 def _retry_after(response: requests.Response, answer: dict[str, Any]) -> float | None:

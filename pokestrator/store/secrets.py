@@ -32,7 +32,8 @@ class Vault:
     """
 
     def __init__(self, keys: str | None = None) -> None:
-        self._fernet = MultiFernet([Fernet(key) for key in secret_keys(keys)]) if keys else None
+        self.keys = [key.decode() for key in secret_keys(keys)] if keys else []
+        self._fernet = MultiFernet([Fernet(key) for key in self.keys]) if keys else None
 
     @property
     def can_store(self) -> bool:

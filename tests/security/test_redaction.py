@@ -12,14 +12,16 @@ from urllib.parse import quote
 
 import pytest
 
+from pokestrator import bootstrap
 from pokestrator.claude.pool import Slots
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.jobs import NewJob
 from pokestrator.redaction import Redactor
+from pokestrator.settings import Settings
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.pool import Database
-from pokestrator.store.secrets import Vault, new_key
+from pokestrator.store.secrets import KEY_FILE, Vault, new_key
 from pokestrator.telemetry import configure_logging
 from tests.integration.agent_runs import bash
 from tests.integration.flow import (
@@ -41,6 +43,7 @@ SPELLINGS = {
     "plain": CANARY,
     "base64": base64.b64encode(CANARY.encode()).decode(),
     "base64 in the middle": base64.b64encode(b"x" + CANARY.encode()).decode()[2:30],
+    "base64 in lines": base64.encodebytes(b"of a longer variable: " * 2 + CANARY.encode()).decode().strip(),
     "hex": CANARY.encode().hex(),
     "percent-encoded": quote(CANARY, safe=""),
     "in JSON": json.dumps(CANARY),
@@ -52,6 +55,10 @@ SPELLINGS = {
 def unseen(text: str) -> str:
     """As it stands in the task's script, which is stored too: escaped, so that only the agent spells it out."""
     return "".join(f"\\u{ord(character):04x}" for character in text)
+
+
+def in_one_piece(text: str) -> str:
+    return "".join(text.replace("\\n", "").split())
 
 
 def says(text: str) -> dict[str, str]:
@@ -68,7 +75,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 
 
 @attack(
-    "an agent prints its credential, in plain, base64, hex, percent-encoded, and other secrets it cannot have",
+    "an agent prints its credential, in plain, base64 (in lines too), hex, percent-encoded, and secrets it cannot have",
     "`[secret]` in the result, the timeline, the log, the database and the message",
 )
 def test_no_spelling_of_a_secret_is_kept_or_sent(
@@ -96,7 +103,7 @@ def test_no_spelling_of_a_secret_is_kept_or_sent(
     }
     for place, text in told.items():
         for name, spelling in SPELLINGS.items():
-            assert spelling not in text, f"{name} is in {place}"
+            assert in_one_piece(spelling) not in in_one_piece(text), f"{name} is in {place}"
     assert told["the message"].count("[secret]") == len(SPELLINGS)
 
 
@@ -108,6 +115,12 @@ def canary_task() -> NewJob:
     for spelling in sorted(SPELLINGS.values(), key=len, reverse=True):
         metadata = metadata.replace(json.dumps(spelling)[1:-1], unseen(spelling))
     return replace(wanted, metadata=metadata)
+
+
+def test_the_key_that_the_embedded_database_brings_is_a_secret_too(tmp_path: Path) -> None:
+    redactor = Redactor()
+    bootstrap.build(Settings.from_environ({"POKESTRATOR_DATA_DIR": str(tmp_path)}), "postgresql://", redactor=redactor)
+    assert redactor((tmp_path / KEY_FILE).read_text()).strip() == "[secret]"
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

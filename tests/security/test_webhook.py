@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from urllib3.util import parse_url
 
+from pokestrator.addresses import matches, may_be_called_back
 from pokestrator.delivery import Delivery
 from pokestrator.demo.inbox import Inbox
 from pokestrator.dialing import Address, resolve
 from pokestrator.intake import new_job
-from pokestrator.jobs import CallbackTarget, JobState, Outcome
-from pokestrator.poke.api import Poke
+from pokestrator.jobs import CallbackTarget, Channel, JobState, Outcome
+from pokestrator.poke.api import Message, Poke
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.embedded import EmbeddedPostgres
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.integration.flow import HERE, POKE_KEY, TOKEN, callback_row, contents, eventually
+from tests.integration.flow import HERE, POKE_KEY, TOKEN, callback_row, contents, eventually, rows
 from tests.security.attacks import attack
 from tests.security.door import Door, open_door
+from tests.security.tls_host import TlsHost
 
 TASK = "Write a poem about the lighthouse at dusk"
 
@@ -40,6 +49,9 @@ def door(postgres: EmbeddedPostgres, migrated: str) -> Iterator[Door]:
         "https://evilpoke.com/cb",
         "https://poke.com.evil.example/cb",
         "https://poke.com@evil.example/cb",
+        "https://evil.example\\.poke.com/cb",  # another reader of it ends the host at the backslash
+        "https://127.0.0.1\\.poke.com/cb",
+        "https://evil.example%2f.poke.com/cb",
         "https://evil.example/?https://poke.com/",
         "https://1.1.1.1/cb",
         "https://169.254.169.254/latest/meta-data",
@@ -167,3 +179,65 @@ def test_the_machines_own_settings_change_nothing(
     jobs.finish(jobs.insert_claimed(wanted, "me", 60), Outcome(JobState.SUCCEEDED, "The result."))
     deliver(database, Poke(inbox.message_url, POKE_KEY, dry_run=False), database_url, str(wanted.id))
     assert inbox.received[0].headers["authorization"] == f"Bearer {POKE_KEY}"
+
+
+@attack("metadata that names a callback address", "not looked at: the message API gets the result")
+def test_metadata_chooses_no_receiver(door: Door) -> None:
+    with Inbox() as elsewhere:
+        url = elsewhere.callback_url(TOKEN)
+        named = {"callback": {"url": url, "token": TOKEN}, "callback_url": url, "X-Poke-Callback-Url": url}
+        answer = door.orchestrate(TASK, {**named, "X-Poke-Callback-Token": TOKEN, "webhook_url": url})
+        request_id = answer["structuredContent"]["request_id"]
+        row = callback_of(door, request_id)
+        assert (row["channel"], row["state"]) == ("api_message", "delivered")
+        assert request_id in [post.body.get("request_id") for post in door.inbox.received]
+        assert elsewhere.received == []
+
+
+def callback_of(door: Door, request_id: str) -> dict[str, Any]:
+    """Its row, once it is no longer pending."""
+    query = "SELECT * FROM callbacks WHERE job_id = %s AND state <> 'pending'"
+    found = eventually(lambda: rows(door.database_url, query, request_id), 60)
+    assert found, "no message was written in a minute"
+    return dict(found[0])
+
+
+# what the address says stays with the name ---------------------------------------------------------------------------
+
+
+@attack("an allowed name at a public address that cannot prove it is that host", "nothing is sent")
+@pytest.mark.parametrize(("name", "sent"), [("hooks.poke.com", True), ("other.poke.com", False)])
+def test_a_connection_to_a_checked_address_is_still_one_to_the_name(
+    name: str, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TlsHost("hooks.poke.com", tmp_path) as host:
+        monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(host.ca_file))
+        poke = Poke(
+            "https://poke.invalid/",
+            POKE_KEY,
+            dry_run=False,
+            callback_hosts=("*.poke.com",),
+            resolve=lambda _host, _port: [host.address],
+            is_public=lambda address: address == "127.0.0.1",  # the host is played here
+        )
+        target = CallbackTarget(f"https://{name}/cb", TOKEN)
+        receipt = poke.send(Message(uuid.uuid4(), TASK, "The result.", Channel.CALLBACK, target, "key"))
+        assert receipt.delivered is sent, receipt
+        body = '{"content": "The result.", "hasMore": false}'
+        assert host.asked == ([f"{name} {body}"] if sent else [])
+
+
+HOSTS = ("poke.com", ".poke.com", "evil.example", "127.0.0.1", "::1", "a", "443")
+SIGNS = (*"/\\@:?#.;[]-_*", "//", "https:", "%2f", "%00", "\t", "\n", "\u3002", "\uff0f", "\u212a")
+urls = st.lists(st.sampled_from((*HOSTS, *SIGNS)), max_size=9).map(lambda parts: "https://" + "".join(parts))
+
+
+@attack("any callback address that two readers of a URL read in two ways", "tool error")
+@settings(deadline=None, max_examples=500)
+@given(urls)
+@example("https://evil.example\\.poke.com/")
+@example("https://a.poke.com:443/\\@evil.example")
+def test_the_host_that_is_allowed_is_the_host_that_is_called(url: str) -> None:
+    if may_be_called_back(url, ("poke.com", "*.poke.com")):
+        called = parse_url(str(requests.Request("POST", url).prepare().url))  # what the connection is made from
+        assert matches(called.host or "", ("poke.com", "*.poke.com"))

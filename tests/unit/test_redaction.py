@@ -6,13 +6,15 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from urllib.parse import quote, quote_plus
 
 import pytest
 
-from pokestrator.redaction import Redactor, redacted
+from pokestrator.redaction import Redactor, passwords, redacted
 from pokestrator.settings import Settings
+from pokestrator.store.secrets import new_key
 from pokestrator.telemetry import configure_logging, get_logger
 
 SECRET = 'p/ss "word"+Zürich~'
@@ -38,8 +40,13 @@ def restored_logging() -> Iterator[None]:
         quote(SECRET),
         quote(SECRET, safe=""),
         quote_plus(SECRET),
+        quote(SECRET, safe="!'()*"),
+        quote(SECRET, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%C3%BC", "%c3%bc"),
+        "".join(f"%{byte:02x}" for byte in DATA),
         DATA.hex(),
         DATA.hex().upper(),
+        DATA.hex(" "),
+        "\n".join(textwrap.wrap(DATA.hex(), 7)),
     ],
 )
 def test_a_secret_is_taken_out_however_it_is_written(written: str) -> None:
@@ -61,6 +68,33 @@ def test_base64_gives_nothing_away_wherever_the_secret_stands_in_it(encode: obje
     assert len(said.replace("[secret]", "")) <= 4 * (before + after + 2) / 3 + 2
 
 
+@pytest.mark.parametrize("in_json", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 64, 76])
+@pytest.mark.parametrize("encode", [base64.b64encode, bytes])
+def test_a_secret_that_is_broken_into_lines_is_taken_out_whole(
+    encode: Callable[[bytes], bytes], width: int, in_json: bool
+) -> None:
+    secret = "sk-ant-api03-" + "aB3_x-Y9" * 12
+    printed = encode(f"A=b\nKEY={secret}\nC=d\n".encode()).decode()
+    lines = "\r\n".join(printed[start : start + width] for start in range(0, len(printed), width))
+    said = Redactor([secret])(json.dumps(lines) if in_json else lines)
+    assert "[secret]" in said
+    left = "".join((json.loads(said) if in_json else said).split()).replace("[secret]", "")
+    assert len(left) <= len(encode(b"A=b\nKEY=\nC=d\n")) + 4
+
+
+def test_text_around_a_broken_secret_keeps_its_lines() -> None:
+    said = Redactor(["the-secret-value"])("one\n two the-sec\nret-value three\n\nfour\\nfive")
+    assert said == "one\n two [secret] three\n\nfour\\nfive"
+
+
+def test_what_is_learned_stays_known() -> None:
+    redactor = Redactor()
+    with redactor.also(["the-secret-value"]):
+        redactor.learn(["the-secret-value"])
+    assert redactor("the-secret-value") == "[secret]"
+
+
 def test_the_longest_secret_goes_first_and_short_ones_are_none() -> None:
     redactor = Redactor(["key-1234", "key-1234-longer", "short"])
     assert redactor("key-1234-longer key-1234 short") == "[secret] [secret] short"
@@ -79,6 +113,26 @@ def test_secrets_of_a_run_are_known_for_as_long_as_it_lasts() -> None:
 def test_a_value_of_json_is_redacted_all_through() -> None:
     value = {"a": ["the-secret-value", {"the-secret-value": 1}], "b": None, "c": 2.5}
     assert redacted(value, Redactor(["the-secret-value"])) == {"a": ["[secret]", {"[secret]": 1}], "b": None, "c": 2.5}
+
+
+def test_each_key_that_secrets_are_encrypted_with_is_a_secret() -> None:
+    new, old = new_key(), new_key()
+    redactor = Redactor(Settings.from_environ({"POKESTRATOR_SECRET_KEY": f"{new},{old}"}).secret_values())
+    assert redactor(f"{old} and {new}") == "[secret] and [secret]"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://me:pass-word-1@db.example/app?note=a@b",
+        "postgresql://me@db.example/app?password=pass-word-1",
+        "postgresql:///app?host=/run&user=me&password=pass%2Dword-1",
+    ],
+)
+def test_a_password_is_found_wherever_it_stands_in_an_address(address: str) -> None:
+    assert "pass-word-1" in passwords(address)
+    assert address in passwords(address)
+    assert passwords("postgresql://db.example/app") == passwords("http://[") == set()
 
 
 def test_the_password_of_a_database_is_a_secret_of_its_own() -> None:
