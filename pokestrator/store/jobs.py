@@ -37,10 +37,11 @@ SELECT pg_notify(%(wake)s, '')"""
 # Until the transaction ends, nobody else can look for this key or store a job with it.
 LOCK_KEY = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
+# Who sends the same words again after having cancelled them wants them done after all.
 EARLIER = """
 SELECT id FROM jobs
 WHERE idempotency_key = %(key)s AND created_at > now() - make_interval(secs => %(seconds)s)
-    AND (finished_at IS NULL OR NOT %(while_unfinished)s)
+    AND (NOT %(while_unfinished)s OR (finished_at IS NULL AND NOT cancel_requested))
 ORDER BY created_at DESC LIMIT 1"""
 
 # The newest address is the one that Poke listens on.
