@@ -86,7 +86,7 @@ def standing() -> Iterator[Stand]:
         for name in INSTANCES:
             environment = {
                 **minimal_environment(),
-                "DATABASE_URL": postgres.url_through(lines[name].port),
+                "DATABASE_URL": postgres.url_through(lines[name].port, f"instance_{name.lower()}"),
                 "TMPDIR": str(temporary),  # what the killed leave lying about goes with it
                 "POKESTRATOR_API_KEY": KEY,
                 "POKESTRATOR_DATA_DIR": str(folder / "data"),
