@@ -151,7 +151,7 @@ class Runner:
             draft = read_draft(result, self._templates.keys())
         except InvalidDefinition as error:
             return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
-        subagent = self._subagents.build(draft, job.task, since=job.created_at)
+        subagent = self._subagents.build(draft, job.task, since=job.created_at, claim=job)
         self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
         log.info("built", request_id=str(job.id), subagent=subagent.name)
         if self._policy.after_build == "run":

@@ -29,14 +29,14 @@ _UNTIL = """(
     ORDER BY created_at DESC OFFSET %(per_{unit})s - 1 LIMIT 1)"""
 
 # Look for an earlier one, count, write row and first event, wake: one statement, because the person who waits for the
-# ack waits for each round trip.
+# ack waits for each round trip. Who sends the same words again after having cancelled them wants them done after all.
 ACCEPT = f"""
 WITH earlier AS (
     SELECT id FROM jobs WHERE id = %(id)s
     UNION ALL (
         SELECT id FROM jobs
         WHERE idempotency_key = %(key)s AND created_at > now() - make_interval(secs => %(seconds)s)
-            AND (finished_at IS NULL OR NOT %(while_unfinished)s)
+            AND (NOT %(while_unfinished)s OR (finished_at IS NULL AND NOT cancel_requested))
         ORDER BY created_at DESC LIMIT 1)
     LIMIT 1
 ), used AS (

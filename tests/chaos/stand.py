@@ -88,7 +88,7 @@ def standing() -> Iterator[Stand]:
             environment = {
                 **minimal_environment(),
                 **NO_LIMITS,
-                "DATABASE_URL": postgres.url_through(lines[name].port),
+                "DATABASE_URL": postgres.url_through(lines[name].port, f"instance_{name.lower()}"),
                 "TMPDIR": str(temporary),  # what the killed leave lying about goes with it
                 "POKESTRATOR_API_KEY": KEY,
                 "POKESTRATOR_DATA_DIR": str(folder / "data"),

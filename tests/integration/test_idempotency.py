@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from pokestrator.intake import new_job
+from pokestrator.intake import Action, Question, new_job
 from pokestrator.jobs import CallbackTarget, Job, JobState, NewJob, Outcome
 from pokestrator.store.accepting import LOCK
 from pokestrator.store.callbacks import Callbacks
@@ -114,6 +114,15 @@ def test_the_same_words_of_a_named_caller_are_repeated_until_their_job_ends(jobs
     assert claimed is not None
     assert is_repeated(jobs, first, call())  # while it runs
     jobs.finish(claimed, DONE)
+    assert not is_repeated(jobs, first, call())
+
+
+def test_the_same_words_while_their_job_is_being_cancelled_are_a_new_task(jobs: Jobs, history: History) -> None:
+    first = call()
+    jobs.insert(first)
+    assert jobs.claim_one(first.id, "me", 20) is not None
+    status = history.answer(Question(Action.CANCEL, first.id, CALLER))
+    assert status is not None and status.cancel_requested  # its run has yet to end
     assert not is_repeated(jobs, first, call())
 
 
