@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from pokestrator.claude.capacity import default_concurrency, share
+from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
@@ -21,6 +22,7 @@ from pokestrator.poke import Poke
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.settings import Settings
+from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.embedded import embedded_in
 from pokestrator.store.history import History
@@ -166,8 +168,11 @@ def build(
     runs = claude or make_claude(settings, concurrency)
     delivery = Delivery(Callbacks(database), make_poke(settings))
     stopping = threading.Event()
-    policy = RunPolicy(settings.model, settings.fast_model, settings.agent_timeout, settings.after_build)
-    runner = Runner(jobs=jobs, subagents=subagents, templates=templates, claude=runs, policy=policy)
+    budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
+    policy = RunPolicy(
+        settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
+    )
+    runner = Runner(jobs=jobs, subagents=subagents, budgets=budgets, templates=templates, claude=runs, policy=policy)
     service = Service(
         jobs=jobs,
         history=history,
@@ -248,7 +253,8 @@ def make_claude(settings: Settings, slots: int) -> Claude:
     for name, value in given.items():
         if value is not None:
             environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    return Inline(environment) if settings.inline else Slots(slots, environment)
+    egress = Egress(settings.egress)
+    return Inline(environment, egress) if settings.inline else Slots(slots, environment, egress)
 
 
 def make_poke(settings: Settings) -> Poke:

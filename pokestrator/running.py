@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from typing import Literal
 
 from pokestrator.building import draft_request, read_draft, task_text
@@ -12,6 +14,7 @@ from pokestrator.errors import InvalidDefinition, StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
+from pokestrator.store.budgets import Budgets, Reservation
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
@@ -23,6 +26,11 @@ NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not
 DEFAULT_MAX_TURNS = 30
 DEFAULT_MAX_BUDGET_USD = 1.0
 
+BUDGET_IS_HELD = (
+    "I couldn't start this: other tasks hold what is left of today's budget for Claude; please send it again in a few "
+    "minutes."
+)
+
 
 @dataclass(frozen=True)
 class RunPolicy:
@@ -32,6 +40,7 @@ class RunPolicy:
     fast_model: str
     timeout_seconds: float  # a version may lower it, never raise it
     after_build: Literal["ask", "run"]
+    most_usd: float = DEFAULT_MAX_BUDGET_USD  # that a run may spend, whatever its version says
 
     def request(self, definition: Definition, prompt: str, run_id: str) -> RunRequest:
         """A run of a subagent's version."""
@@ -42,8 +51,9 @@ class RunPolicy:
             timeout_seconds=self.timeout_of(definition),
             tools=definition.tools,
             max_turns=definition.max_turns or DEFAULT_MAX_TURNS,
-            max_budget_usd=definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD,
+            max_budget_usd=min(definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD, self.most_usd),
             run_id=run_id,
+            hosts=definition.hosts,
         )
 
     def timeout_of(self, definition: Definition) -> float:
@@ -58,12 +68,15 @@ class Runner:
         *,
         jobs: Jobs,
         subagents: Subagents,
+        budgets: Budgets,
         templates: Sequence[Template],
         claude: Claude,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
+        self._budgets = budgets
+        self._from_memory = MemoryBudget(budgets.most_usd)
         self._templates = {template.name: template for template in templates}
         self._claude = claude
         self._policy = policy
@@ -84,12 +97,26 @@ class Runner:
         subagent = self._subagents.get(decision.name)
         return subagent or self._subagents.adopt(self._templates[decision.name])
 
-    def _run_agent(self, job: Job, subagent: Subagent) -> Outcome:
+    def _run_agent(self, job: Job, subagent: Subagent, spent_usd: float = 0.0) -> Outcome:
         request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id)
+        if lacking := self._reserve(job, spent_usd + request.max_budget_usd):
+            return lacking
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
         result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
         return outcome_of(result, request.timeout_seconds)
+
+    def _reserve(self, job: Job, usd: float) -> Outcome | None:
+        """How the job ends, or that it waits, when a ceiling is in the way of a run that may cost so much."""
+        match self._budgets.reserve(job, usd):
+            case Reservation.MADE:
+                return None
+            case Reservation.MUST_WAIT:
+                detail = f"other runs hold what is left of today's budget; this one may cost {usd:g} US dollars"
+                return Outcome(JobState.FAILED, BUDGET_IS_HELD, ErrorKind.BUDGET_SPENT, detail, is_transient=True)
+            case Reservation.TOO_LATE:
+                detail = f"today's budget has less left than the {usd:g} US dollars that this run may cost"
+                return failed(ErrorKind.BUDGET_SPENT, detail)
 
     def _build(self, job: Job) -> Outcome:
         self._note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
@@ -100,7 +127,10 @@ class Runner:
             names_taken=[*self._templates, *self._subagents.names(NAMES_SHOWN)],
             timeout_seconds=self._policy.timeout_seconds,
         )
-        request = replace(request, run_id=job.run_id)
+        budget = min(request.max_budget_usd, self._policy.most_usd)
+        request = replace(request, run_id=job.run_id, max_budget_usd=budget)
+        if lacking := self._reserve(job, budget):
+            return lacking
         result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
         if result.error is not None:
             return outcome_of(result, request.timeout_seconds)
@@ -112,7 +142,7 @@ class Runner:
         self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
         log.info("built", request_id=str(job.id), subagent=subagent.name)
         if self._policy.after_build == "run":
-            outcome = self._run_agent(job, subagent)
+            outcome = self._run_agent(job, subagent, result.usage.cost_usd)
             return replace(outcome, usage=outcome.usage + result.usage)
         return Outcome(JobState.SUCCEEDED, _built(subagent), usage=result.usage)
 
@@ -124,13 +154,41 @@ class Runner:
             return failed(ErrorKind.NOT_STORED, decision.reason)
         template = self._templates[decision.name]
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
-        return outcome_of(self._claude.run(request, _ignore), request.timeout_seconds)
+        if not self._from_memory.reserve(request.max_budget_usd):
+            return failed(ErrorKind.BUDGET_SPENT, "as much was spent from memory as may be on a day")
+        result = self._claude.run(request, _ignore)
+        self._from_memory.settle(request.max_budget_usd, result.usage.cost_usd)
+        return outcome_of(result, request.timeout_seconds)
 
     def _note(self, job: Job, kind: str, text: str) -> None:
         try:
             self._jobs.note(job, kind, one_line(text))
         except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
             log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
+
+
+class MemoryBudget:
+    """What this process may spend a day while the database, which has the accounts, is away. Thread-safe."""
+
+    def __init__(self, daily_usd: float) -> None:
+        self._daily_usd = daily_usd
+        self._lock = threading.Lock()
+        self._day: date | None = None
+        self._usd = 0.0
+
+    def reserve(self, usd: float) -> bool:
+        with self._lock:
+            today = datetime.now(UTC).date()
+            if self._day != today:
+                self._day, self._usd = today, 0.0
+            if self._usd + usd > self._daily_usd:
+                return False
+            self._usd += usd
+            return True
+
+    def settle(self, reserved_usd: float, spent_usd: float) -> None:
+        with self._lock:
+            self._usd = max(0.0, self._usd - reserved_usd + spent_usd)
 
 
 def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:

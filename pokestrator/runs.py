@@ -26,6 +26,7 @@ class ErrorKind(StrEnum):
     NO_OUTPUT = "no_output"  # the agent ended without saying anything
     TURN_LIMIT = "turn_limit"
     BUDGET_LIMIT = "budget_limit"
+    BUDGET_SPENT = "budget_spent"  # the day's, or the caller's: it was not begun
     REFUSAL = "refusal"  # the model declined the task
     INVALID_DRAFT = "invalid_draft"  # the drafter's answer breaks the rules for subagents
     INTERRUPTED = "interrupted"  # the run's owner died too often
@@ -35,7 +36,7 @@ class ErrorKind(StrEnum):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run cost. `cost_usd` is the CLI's own estimate."""
+    """What a run cost. `cost_usd` is what the relay counted, or the CLI's own estimate where it counted nothing."""
 
     cost_usd: float = 0.0
     input_tokens: int = 0
@@ -53,7 +54,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One question to Claude. `timeout_seconds` is counted from the call to `Claude.run` to its return."""
+    """One question to Claude. `timeout_seconds` is counted from the call to `Claude.run` to its return.
+
+    `variables` are secrets: they are in this run's environment and nowhere else.
+    """
 
     prompt: str
     system_prompt: str
@@ -64,13 +68,15 @@ class RunRequest:
     max_budget_usd: float = 1.0
     output_schema: Mapping[str, Any] | None = None  # JSON Schema; the answer is then in RunResult.structured
     run_id: str = ""  # what Claude.cancel names it by
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    hosts: tuple[str, ...] = ()  # that it may reach: names, `*.` in front for all below, `*` for any public one
 
 
 @dataclass(frozen=True)
 class RunEvent:
     """Something that happened during a run, short enough for a timeline."""
 
-    kind: str  # "tool" | "text" | "retry"
+    kind: str  # "tool" | "text" | "retry" | "connection" | "refused"
     text: str  # at most 200 characters
 
 
@@ -99,6 +105,10 @@ _SENTENCES = {
     ErrorKind.NO_OUTPUT: "I worked on this but came back with nothing; try saying it another way.",
     ErrorKind.TURN_LIMIT: "I couldn't finish this within the allowed number of steps; try a smaller task.",
     ErrorKind.BUDGET_LIMIT: "I couldn't finish this within its budget; try a smaller task.",
+    ErrorKind.BUDGET_SPENT: (
+        "I couldn't start this: today's budget for Claude is spent; please send it again tomorrow, which begins at "
+        "midnight UTC."
+    ),
     ErrorKind.REFUSAL: "Claude declined to do this task; if that seems wrong, try saying it another way.",
     ErrorKind.INVALID_DRAFT: "I couldn't build what this needs; try describing the task in other words.",
     ErrorKind.INTERRUPTED: "This task was interrupted three times and was given up; please send it again.",

@@ -44,6 +44,7 @@ LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
 IMPATIENT_SECONDS = 0.25  # in place of ACCEPT_SECONDS, while the database is known to be away or was just now
 IMPATIENCE_LASTS = 2.0  # seconds: or those who come while it hangs would wait for each other
 RETRY_SECONDS = 1.0
+BUDGET_WAIT = 15.0  # seconds before a job looks again whether what others had reserved is free
 API_WAITS = (5.0, 25.0)  # seconds before the second and the third try, when Claude's API had trouble
 
 
@@ -211,6 +212,10 @@ class Service:
         if job.channel is not Channel.NONE:
             if outcome.error is ErrorKind.AGENT_CRASHED:
                 return self._write(job, lambda: self._jobs.interrupt(job, outcome.detail, outcome.usage)), 0.0
+            if outcome.is_transient and outcome.error is ErrorKind.BUDGET_SPENT:
+                detail, usage = outcome.detail, outcome.usage
+                wait = BUDGET_WAIT * random.uniform(0.8, 1.2)
+                return self._write(job, lambda: self._jobs.retry(job, wait, detail, usage, counts=False)), wait
             if outcome.is_transient and job.api_retries < len(API_WAITS):
                 wait = API_WAITS[job.api_retries] * random.uniform(0.8, 1.2)
                 why = f"{outcome.error}: {outcome.detail}"

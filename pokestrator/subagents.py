@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pokestrator.errors import InvalidDefinition
 
@@ -20,8 +20,10 @@ from pokestrator.errors import InvalidDefinition
 Tool = Literal["Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebFetch", "WebSearch"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{2,47}$")]
-Hostname = Annotated[
-    str, StringConstraints(pattern=r"^(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$", max_length=253)
+Hostname = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$", max_length=253)]
+ANY_HOST = "*"  # in `hosts`: every public one
+HostPattern = Annotated[
+    str, StringConstraints(pattern=r"^(\*|(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,})$", max_length=253)
 ]
 CredentialName = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]{1,63}$")]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2_000)]
@@ -53,7 +55,13 @@ class Definition(BaseModel):
     timeout_seconds: Annotated[int, Field(ge=5, le=3_600)] | None = None
     max_budget_usd: Annotated[float, Field(gt=0, le=100)] | None = None
     credentials: tuple[CredentialName, ...] = ()
-    hosts: tuple[Hostname, ...] = ()
+    hosts: tuple[HostPattern, ...] = ()  # that its runs reach, by https; `*.` in front of a name is all below it
+
+    @model_validator(mode="after")
+    def _secrets_go_to_known_hosts(self) -> Self:
+        if ANY_HOST in self.hosts and self.credentials:
+            raise ValueError("hosts: must be named, not *, where there are credentials")
+        return self
 
     def digest(self) -> str:
         """The same for equal definitions."""
@@ -91,9 +99,15 @@ class Draft(BaseModel):
         description="Tasks that people would send it, each as they would write it."
     )
     tools: tuple[Tool, ...] = Field(default=(), description="The tools it needs and no more.")
+    # Whole names alone: it is Claude that proposes them, for a task that a stranger may have worded.
+    hosts: Annotated[tuple[Hostname, ...], Field(max_length=10)] = Field(
+        default=(), description="The public hosts it has to reach, each by its whole name, e.g. api.example.com."
+    )
 
     def definition(self) -> Definition:
-        return Definition(description=self.description, system_prompt=self.system_prompt, tools=self.tools)
+        return Definition(
+            description=self.description, system_prompt=self.system_prompt, tools=self.tools, hosts=self.hosts
+        )
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
 """Claude as the service sees it: a call that blocks until the run has ended, and leaves no process behind.
 
-Slots runs each request in one of N warm processes of its own; Inline runs it in the caller's thread.
+Slots runs each request in one of N warm processes of its own; Inline runs it in the caller's thread. Both keep the
+owner's key from it, and let it out only through the relay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 from pokestrator.claude import processes
 from pokestrator.claude.calls import Call, Calls, OnEvent
+from pokestrator.claude.egress import Egress
 from pokestrator.claude.folders import remove_abandoned, run_folder
 from pokestrator.claude.outcomes import failure
+from pokestrator.claude.relay import Relay, of_agents
 from pokestrator.claude.slot_process import SlotProcess
+from pokestrator.claude.upstream import Upstream
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
 
 
@@ -33,19 +38,24 @@ class Claude(Protocol):
 
 
 class Slots:
-    """`size` agent slots. `environment` is all that agents may see of ours. Nothing is started before start()."""
+    """`size` agent slots. Nothing is started before start().
 
-    def __init__(self, size: int, environment: Mapping[str, str]) -> None:
+    `environment` is the owner's: Claude's key, address and proxy in it are the relay's, agents see what is left.
+    """
+
+    def __init__(self, size: int, environment: Mapping[str, str], egress: Egress | None = None) -> None:
         if size < 1:
             raise ValueError(f"size={size}: at least one slot is needed")
-        self._slots = [SlotProcess(dict(environment)) for _ in range(size)]
+        self._relay = Relay(Upstream(environment), egress or Egress())
+        self._slots = [SlotProcess(of_agents(environment)) for _ in range(size)]
         self._free = list(self._slots)
         self._calls = Calls()
 
     def start(self) -> None:
-        """Start all slots' processes; they warm up on their own. Makes this process a child subreaper."""
+        """Start the relay and all slots' processes; they warm up on their own. Makes this process a child subreaper."""
         processes.become_subreaper()
         remove_abandoned()
+        self._relay.start()
         for each in self._slots:
             each.start()
 
@@ -55,7 +65,9 @@ class Slots:
             if chosen is None:
                 return call.ended() or failure(ErrorKind.TIMEOUT, f"no slot was free in {request.timeout_seconds:g} s")
             try:
-                return chosen.run(call)
+                with _admitted(self._relay, call) as settle:
+                    result = chosen.run(call)
+                return settle(result)
             finally:
                 self._give_back(chosen)
 
@@ -70,6 +82,7 @@ class Slots:
             each.hang_up()
         for each in self._slots:
             each.close()
+        self._relay.close()
 
     def _take(self, call: Call) -> SlotProcess | None:
         with self._calls.changed:
@@ -85,11 +98,13 @@ class Slots:
 class Inline:
     """Runs in the caller's own thread and process, one at a time: for a debugger, or a single run at a terminal.
 
-    While a run goes on, `environment` is this whole process's environment.
+    While a run goes on, what its agent sees is this whole process's environment. `environment` is the owner's, as for
+    Slots.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str], egress: Egress | None = None) -> None:
+        self._relay = Relay(Upstream(environment), egress or Egress())
+        self._environment = of_agents(environment)
         self._calls = Calls()
         # Both are guarded by `changed`: no run begins while another one's processes are being killed.
         self._running: Call | None = None
@@ -101,8 +116,12 @@ class Inline:
                 late = f"another run took all of {request.timeout_seconds:g} s"
                 return call.ended() or failure(ErrorKind.TIMEOUT, late)
             try:
-                result = self._attend(call)
+                self._relay.start()
+                with _admitted(self._relay, call) as settle:
+                    result = self._attend(call)
+                result = settle(result)
             finally:
+                self._relay.close()
                 self._pass_turn()
             if call.end_reason and result.error:
                 return failure(ErrorKind.AGENT_CRASHED, call.end_reason, result.usage)
@@ -148,3 +167,11 @@ class Inline:
         with self._calls.changed:
             if self._running in calls:
                 self._kill()
+
+
+@contextmanager
+def _admitted(relay: Relay, call: Call) -> Iterator[Callable[[RunResult], RunResult]]:
+    """Let a call's run in at the relay while the block lasts; what settles its result afterwards."""
+    with relay.admit(call.request, call.tell) as (admission, request):
+        call.request = request
+        yield admission.settled

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ _QUIET = {
 }
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
+_LOOPBACK = ("127.0.0.1", "localhost")  # where the relay is: asked for Claude, it is no proxy
 NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
 _LEAST_SECRET = 8  # characters; shorter values are no secrets, and would be found in ordinary words
@@ -61,14 +62,17 @@ def run(
 ) -> RunResult:
     """Run `request` to its end or to `deadline` (time.monotonic()); returns with its processes killed, not reaped.
 
-    `allowed` is what the agent may see of the environment, `folder` an empty one of its own whose name marks its
-    processes. `kill_processes` ends them at once, the CLI included. Who ends the run that way from outside makes
-    `must_end` true before: the kill may come when the CLI is only just being started, and miss it.
+    `allowed` is what every agent may see of the environment, beside the `variables` of its request; `folder` an empty
+    one of its own whose name marks its processes. `kill_processes` ends them at once, the CLI included. Who ends the
+    run that way from outside makes `must_end` true before: the kill may come when the CLI is only just being started,
+    and miss it.
     """
-    variables = _environment(allowed, folder, deadline)
-    conversation = _Conversation(request, folder, deadline, kill_processes, _Censor(allowed), on_event, must_end)
+    seen = _environment(allowed, request.variables, folder, deadline)
+    conversation = _Conversation(
+        request, folder, deadline, kill_processes, _censor(allowed, request), on_event, must_end
+    )
     try:
-        with environment(variables):
+        with environment(seen):
             return asyncio.run(conversation.hold())
     finally:
         kill_processes()
@@ -186,14 +190,20 @@ class _Conversation:
 class _Censor:
     """Takes the values of secrets out of what an agent says: it can print its own environment."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        secrets = (value for name, value in variables.items() if name in secret_names())
-        self._secrets = [value for value in secrets if len(value) >= _LEAST_SECRET]
+    def __init__(self, secrets: Iterable[str]) -> None:
+        # The longest first: one may be part of another.
+        self._secrets = sorted({value for value in secrets if len(value) >= _LEAST_SECRET}, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
         return text
+
+
+def _censor(allowed: Mapping[str, str], request: RunRequest) -> _Censor:
+    """Every secret value that this run's agent has."""
+    own = [value for name, value in allowed.items() if name in secret_names()]
+    return _Censor([*own, *request.variables.values()])
 
 
 def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:
@@ -251,17 +261,21 @@ def _options(request: RunRequest, folder: Path, on_stderr: Callable[[str], None]
     )
 
 
-def _environment(allowed: Mapping[str, str], folder: Path, deadline: float) -> dict[str, str]:
+def _environment(
+    allowed: Mapping[str, str], variables: Mapping[str, str], folder: Path, deadline: float
+) -> dict[str, str]:
     """Everything the CLI and its commands see. Makes the folders it names."""
     for name in ("home", "config", "tmp", "work"):
         (folder / name).mkdir(mode=0o700)
     # A command that takes nearly all the time would leave none to answer.
     command_ms = max(1_000, int((deadline - time.monotonic()) * 750))
-    no_proxy = [allowed[name] for name in ("NO_PROXY", "no_proxy") if allowed.get(name)]
+    no_proxy = ",".join([*(allowed[name] for name in ("NO_PROXY", "no_proxy") if allowed.get(name)), *_LOOPBACK])
     return {
+        **variables,  # first: none of them can take the place of one of ours
         **allowed,
         **_QUIET,
-        "NO_PROXY": ",".join([*no_proxy, "127.0.0.1", "localhost"]),
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
         "HOME": str(folder / "home"),
         "CLAUDE_CONFIG_DIR": str(folder / "config"),
         "CLAUDE_CODE_TMPDIR": str(folder / "tmp"),

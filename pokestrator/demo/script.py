@@ -204,6 +204,7 @@ def draft_for(task: str) -> dict[str, Any]:
         "system_prompt": _SYSTEM_PROMPT.format(task=one_line(task, 300)),
         "examples": [task[:2_000]],
         "tools": [],
+        "hosts": [],
     }
 
 

@@ -18,7 +18,17 @@ from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Idempotency, Job, JobState, NewJob, Outcome, Route, ending
 from pokestrator.runs import ErrorKind, Usage, sentence
 from pokestrator.store.pool import Connection, ConnectionSource
-from pokestrator.store.rows import WAKE_CHANNEL, end_job, job_of, storable, usage_values, wake_all, write_event
+from pokestrator.store.rows import (
+    WAKE_CHANNEL,
+    end_job,
+    job_of,
+    spend,
+    spend_reserved,
+    storable,
+    usage_values,
+    wake_all,
+    write_event,
+)
 
 MAX_INTERRUPTIONS = 3
 
@@ -58,7 +68,7 @@ FROM job WHERE job_id = job.id AND state IN ('pending', 'dead')"""
 # limit is not kept. No wait is longer than two minutes: a run_at beyond that was written before the clock went back. A
 # terminal's job (channel none) is claimed by its terminal, by id.
 CLAIM = """
-UPDATE jobs SET state = 'running', claim_seq = claim_seq + 1, owner = %(owner)s,
+UPDATE jobs SET state = 'running', claim_seq = claim_seq + 1, owner = %(owner)s, reserved_usd = 0,
     lease_until = now() + make_interval(secs => %(lease)s), started_at = coalesce(started_at, now())
 WHERE id = ANY (ARRAY(
     SELECT id FROM jobs
@@ -158,6 +168,7 @@ class Jobs:
         """Give unfinished jobs back to the queue, unpunished, and wake the other instances."""
         with self._source.connection(within) as connection:
             released = {row["id"] for row in connection.execute(RELEASE, fences(held))}
+            spend_reserved(connection, list(released))
             for job_id in released:
                 write_event(connection, job_id, "released", "back in the queue; its run ended early, not by its fault")
             wake_all(connection)
@@ -178,17 +189,17 @@ class Jobs:
             write_event(connection, job.id, "interrupted", f"it will run again: {detail}")
             return None
 
-    def retry(self, job: Job, wait_seconds: float, detail: str, usage: Usage) -> Outcome | None:
+    def retry(self, job: Job, wait_seconds: float, detail: str, usage: Usage, *, counts: bool = True) -> Outcome | None:
         """Queue a job again for after `wait_seconds`, because the API had trouble. A cancelled one ends: then how.
 
-        Raises LeaseLost.
+        Not `counts`: it was no trouble, it only has to wait. Raises LeaseLost.
         """
         with self._source.connection() as connection:
             held = _hold(connection, job)
             if held["cancel_requested"]:
                 return _end(connection, job, held, Outcome(JobState.FAILED, "", detail=detail, usage=usage))
-            _requeue(connection, job, usage, wait=wait_seconds, api_retries=1)
-            write_event(connection, job.id, "retry", f"in {wait_seconds:.0f} s: {detail}")
+            _requeue(connection, job, usage, wait=wait_seconds, api_retries=int(counts))
+            write_event(connection, job.id, "retry" if counts else "waits", f"in {wait_seconds:.0f} s: {detail}")
             return None
 
     def record_route(self, job: Job, route: Route, reason: str) -> None:
@@ -291,6 +302,7 @@ def _requeue(
 ) -> None:
     counts = {"wait": wait, "interruptions": interruptions, "api_retries": api_retries}
     connection.execute(REQUEUE, {"id": job.id, **counts, **usage_values(usage)})
+    spend(connection, job.id, usage)
     wake_all(connection)
 
 

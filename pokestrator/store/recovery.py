@@ -15,7 +15,7 @@ from pokestrator.jobs import CANCELLED, Channel, Job, JobState, Outcome, ending
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.store.jobs import MAX_INTERRUPTIONS, fences
 from pokestrator.store.pool import Connection, ConnectionSource
-from pokestrator.store.rows import end_job, wake_all, write_event
+from pokestrator.store.rows import end_job, spend_reserved, wake_all, write_event
 
 # No lease is longer than an hour: one that ends after two was written before the clock went back.
 EXPIRED = "lease_until < now() OR lease_until > now() + interval '2 hours'"
@@ -63,6 +63,8 @@ DELETE FROM jobs WHERE id = ANY (ARRAY(
         WHERE job_id = jobs.id AND (state <> 'delivered' OR ended_at >= now() - make_interval(days => %(days)s)))
     ORDER BY finished_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))"""
 
+REMOVE_OLD_SPENDING = "DELETE FROM spending WHERE day < current_date - %(days)s::integer"
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -102,6 +104,7 @@ class Recovery:
             values = {**fences(held), "dead": list(dead_owners), "expired": expired}
             for row in connection.execute(ORPHANS, values).fetchall():
                 (requeued if _requeue(connection, row) else ended).append(row["id"])
+            spend_reserved(connection, [*requeued, *ended])
             if requeued:
                 wake_all(connection)
         return Recovered(tuple(requeued), tuple(ended))
@@ -112,6 +115,7 @@ class Recovery:
             rows = connection.execute(RELEASE_UNKNOWN, {"owner": owner, **fences(held)}).fetchall()
             for row in rows:
                 write_event(connection, row["id"], "released", "back in the queue; the claim's answer was lost")
+            spend_reserved(connection, [row["id"] for row in rows])
             return [row["id"] for row in rows]
 
     def bring_forward(self) -> list[uuid.UUID]:
@@ -140,6 +144,7 @@ class Recovery:
     def remove_old(self, days: int, limit: int) -> int:
         """Delete up to `limit` jobs that ended more than `days` days ago, with timeline and delivered callback."""
         with self._source.connection() as connection:
+            connection.execute(REMOVE_OLD_SPENDING, {"days": days})
             return connection.execute(REMOVE_OLD, {"days": days, "limit": limit}).rowcount
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 from psycopg.rows import DictRow
 
@@ -14,6 +15,18 @@ WAKE_CHANNEL = "pokestrator_jobs"
 
 EVENT = "INSERT INTO job_events (job_id, kind, text) VALUES (%s, %s, %s)"
 CALLBACK = "INSERT INTO callbacks (job_id, content, channel) VALUES (%s, %s, %s)"
+
+SPEND = """
+INSERT INTO spending (day, caller, usd)
+SELECT (now() AT TIME ZONE 'UTC')::date, coalesce(caller, ''), %(usd)s FROM jobs WHERE id = %(id)s
+ON CONFLICT (day, caller) DO UPDATE SET usd = spending.usd + excluded.usd"""
+
+# In the order of the rows that it locks: two transactions that do this must not wait for each other.
+SPEND_RESERVED = """
+INSERT INTO spending (day, caller, usd)
+SELECT (now() AT TIME ZONE 'UTC')::date, coalesce(caller, ''), sum(reserved_usd) FROM jobs
+WHERE id = ANY (%(ids)s) AND reserved_usd > 0 GROUP BY 2 ORDER BY 2
+ON CONFLICT (day, caller) DO UPDATE SET usd = spending.usd + excluded.usd"""
 
 # Only for a row that this transaction has locked and found to be the caller's to end.
 END = """
@@ -38,10 +51,22 @@ def end_job(connection: Connection, job_id: uuid.UUID, outcome: Outcome, *, inte
     }
     row = connection.execute(END, values).fetchone()
     assert row is not None, "the caller has locked this row"
+    spend(connection, job_id, outcome.usage)
     why = f": {outcome.error}" if outcome.error else ""
     write_event(connection, job_id, "finished", f"{outcome.state}{why}")
     if row["channel"] != Channel.NONE:
         connection.execute(CALLBACK, [job_id, callback_content(storable(outcome.text)), row["channel"]])
+
+
+def spend(connection: Connection, job_id: uuid.UUID, usage: Usage) -> None:
+    """Write down what a run has cost, on today's account."""
+    if usage.cost_usd > 0:
+        connection.execute(SPEND, {"id": job_id, "usd": usage.cost_usd})
+
+
+def spend_reserved(connection: Connection, job_ids: Sequence[uuid.UUID]) -> None:
+    """What runs have cost that can no longer say it counts as all that they had reserved."""
+    connection.execute(SPEND_RESERVED, {"ids": list(job_ids)})
 
 
 def write_event(connection: Connection, job_id: uuid.UUID, kind: str, text: str) -> None:

@@ -95,6 +95,8 @@ def standing() -> Iterator[Stand]:
                 "POKE_API_KEY": "pk-for-the-inbox",
                 "POKE_WEBHOOK_URL": _through(inbox_line, inbox.message_url),
                 "POKESTRATOR_CONCURRENCY": "2",
+                "POKESTRATOR_DAILY_BUDGET_USD": "100000",  # what dead runs had reserved counts as spent
+                "POKESTRATOR_CALLER_DAILY_BUDGET_USD": "100000",
                 "POKESTRATOR_AGENT_TIMEOUT": "30",
                 "POKESTRATOR_DRAIN_SECONDS": "3",
             }

@@ -47,7 +47,11 @@ THREADS = (
 )
 PROCESSES = ("pokestrator/claude/",)
 FLASK = ("pokestrator/web/",)
-REQUESTS = ("pokestrator/poke.py", "pokestrator/claude/relay.py")
+REQUESTS = (
+    "pokestrator/poke.py",
+    "pokestrator/claude/relay_messages.py",
+    "pokestrator/claude/upstream.py",
+)
 ENVIRON = ("pokestrator/environ.py", *PROCESS_FILES)
 TEMPLATE_FILES = ("pokestrator/store/templates.py",)
 TEMPLATES_FOLDER = (*TEMPLATE_FILES, "pokestrator/bootstrap.py", "pokestrator/cli.py")  # they hand it on

@@ -115,7 +115,7 @@ def test_examples_are_texts_of_up_to_2000_characters() -> None:
     assert problems(Template, examples=["x"] * 51)[0].startswith("examples: ")
 
 
-@pytest.mark.parametrize("host", ["api.stripe.com", "*.example.org", "a-b.example.co", "xn--bcher-kva.example"])
+@pytest.mark.parametrize("host", ["api.stripe.com", "*", "*.example.org", "a-b.example.co", "xn--bcher-kva.example"])
 def test_a_host_is_a_name_or_all_names_below_one(host: str) -> None:
     assert definition(hosts=[host]).hosts == (host,)
 
@@ -123,7 +123,7 @@ def test_a_host_is_a_name_or_all_names_below_one(host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     [
-        "*",
+        "**",
         "*.com",
         "a.*.com",
         "*example.com",
@@ -150,6 +150,20 @@ def test_a_host_is_a_name_or_all_names_below_one(host: str) -> None:
 )
 def test_what_is_no_plain_lower_case_host_name_is_refused(host: str) -> None:
     (problem,) = problems(Definition, hosts=[host])
+    assert problem.startswith("hosts.0: ")
+
+
+def test_where_there_are_credentials_hosts_are_named() -> None:
+    named = definition(hosts=["api.tides.example"], credentials=["TIDE_KEY"])
+    assert named.hosts == ("api.tides.example",)
+    (problem,) = problems(Definition, hosts=["*"], credentials=["TIDE_KEY"])
+    assert "must be named" in problem
+
+
+@pytest.mark.parametrize("host", ["*", "*.example.com", "localhost", "127.0.0.1"])
+def test_a_draft_names_each_host_whole(host: str) -> None:
+    assert parse(Draft, {**DRAFT, "hosts": ["api.example.com"]}).definition().hosts == ("api.example.com",)
+    (problem,) = problems(Draft, hosts=[host])
     assert problem.startswith("hosts.0: ")
 
 
@@ -215,7 +229,7 @@ def test_the_schema_of_a_draft_is_one_plain_object() -> None:
     schema = Draft.model_json_schema()
     assert schema["type"] == "object"
     assert schema["additionalProperties"] is False
-    assert schema["properties"].keys() == {"name", "description", "system_prompt", "examples", "tools"}
+    assert schema["properties"].keys() == {"name", "description", "system_prompt", "examples", "tools", "hosts"}
     assert set(schema["required"]) == {"name", "description", "system_prompt", "examples"}
     assert "$ref" not in str(schema)
 
