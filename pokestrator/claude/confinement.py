@@ -8,7 +8,7 @@ limited    they are not to be had here: only the tools that need neither files n
 from __future__ import annotations
 
 import functools
-import json
+import marshal
 import os
 import shlex
 import socket
@@ -95,6 +95,10 @@ class Orders:
     writable: Sequence[str] = ()
     tries: Mapping[str, Any] | None = None  # for the probe
 
+    def written(self) -> str:
+        """As jail.py reads it."""
+        return marshal.dumps(asdict(self)).hex()
+
 
 # The launcher ----------------------------------------------------------------------------------------------------
 
@@ -127,7 +131,7 @@ def launcher(
             for each in (*(folder / name for name in FOLDERS), folder):
                 os.chown(each, uid, uid)
         seen = {"PATH": _path(variables), "GIT_CONFIG_NOSYSTEM": "1"}  # or git complains about what it may not read
-        yield script, {**variables, **seen, jail.ORDERS: json.dumps(asdict(orders))}
+        yield script, {**variables, **seen, jail.ORDERS: orders.written()}
 
 
 def user_of_this_process() -> int:
@@ -254,13 +258,13 @@ def _tried(wanted: Confinement) -> list[str]:
         }
         url = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}"}
         with launcher(wanted, folder, Path("/bin/true"), minimal_environment() | url, PROBE_SECONDS) as (script, env):
-            orders = {**json.loads(env[jail.ORDERS]), "tries": tries}
+            orders = Orders(**{**marshal.loads(bytes.fromhex(env[jail.ORDERS])), "tries": tries})
             secret.chmod(0o644)
             done = subprocess.run(
                 [str(script)],
                 check=False,
                 cwd=folder / "work",
-                env={**env, jail.ORDERS: json.dumps(orders)},
+                env={**env, jail.ORDERS: orders.written()},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -268,8 +272,7 @@ def _tried(wanted: Confinement) -> list[str]:
             )
     if done.returncode:
         raise ValueError(done.stderr.strip() or f"exit code {done.returncode}")
-    found: list[str] = json.loads(done.stdout)
-    return found
+    return done.stdout.splitlines()
 
 
 def _is_below(path: str, roots: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import stat
@@ -33,22 +34,35 @@ def run_folder() -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder that an agent has filled as it liked. Raises OSError.
+    """Remove a folder that an agent has filled as it liked, though another process may be at it too. Raises OSError.
 
     Not by shutil: folders nested without end would end its recursion, and what opens the locked ones (as
     tempfile.TemporaryDirectory does) may follow a link out and change the mode of what it leads to. Here every folder
     is opened by its name in the one that holds it, never through a link, and nested ones are moved up before they are
     emptied, so that none lies deep.
     """
+    names = (f"{PREFIX}{number}-{os.urandom(8).hex()}" for number in itertools.count())
+    is_there = True
+    while is_there:
+        try:
+            _empty(folder, names)
+            folder.rmdir()
+            is_there = False
+        except FileNotFoundError:  # the other was quicker, here or all through
+            is_there = folder.is_dir()
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # the other has moved something up
+                raise
+
+
+def _empty(folder: Path, names: Iterator[str]) -> None:
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        names = (f"{PREFIX}{number}-{os.urandom(8).hex()}" for number in itertools.count())
         while entries := os.listdir(top):  # noqa: PTH208 - by descriptors
             for entry in entries:
                 _remove_one(entry, top, names)
     finally:
         os.close(top)
-    folder.rmdir()
 
 
 def _remove_one(entry: str, top: int, names: Iterator[str]) -> None:
