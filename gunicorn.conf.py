@@ -10,6 +10,7 @@ ROOT = str(Path(__file__).parent)
 sys.path.insert(0, ROOT)  # the `gunicorn` command does not look where this file lies
 
 from pokestrator import bootstrap  # noqa: E402
+from pokestrator.claude.processes import hide_memory  # noqa: E402
 from pokestrator.environ import process_redactor, process_settings  # noqa: E402
 from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
 from pokestrator.telemetry import configure_logging  # noqa: E402
@@ -23,6 +24,7 @@ except SettingsError as error:
     sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
 
 configure_logging(settings.log_level, redact=process_redactor())
+hide_memory()  # workers are forked, and as hidden
 
 wsgi_app = "wsgi:app"
 pythonpath = ROOT

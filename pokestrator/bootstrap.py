@@ -10,7 +10,9 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from pokestrator.claude import processes
 from pokestrator.claude.capacity import default_concurrency, share
+from pokestrator.claude.confinement import Confinement, probe
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
@@ -95,8 +97,11 @@ class Application:
 
     def start(self) -> None:
         """Open connections, start threads and slots. Without its database it starts degraded (inline: raises)."""
+        processes.hide_memory()  # the settings are in it, with their secrets
         for notice in notices(self.settings):
             log.warning(notice)
+        confinement = self.confinement()
+        (log.info if confinement.tier == "confined" else log.warning)(str(confinement))
         self.database.open()
         if isinstance(self.claude, Slots):
             self.claude.start()
@@ -134,6 +139,10 @@ class Application:
     def run_inline(self, job_id: uuid.UUID) -> None:
         """Run an accepted job in this thread, callback included."""
         self.service.run_now(job_id, self.owner, float(STEPPING_SECONDS))
+
+    def confinement(self) -> Confinement:
+        """What holds this service's agents."""
+        return probe(all_tools=self.settings.allow_unsandboxed)
 
     def degraded_because(self) -> str | None:
         """Why the service is not whole, or None."""
@@ -286,7 +295,9 @@ def make_claude(settings: Settings, slots: int) -> Claude:
         if value is not None:
             environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
     egress = Egress(settings.egress)
-    return Inline(environment, egress) if settings.inline else Slots(slots, environment, egress)
+    if settings.inline:
+        return Inline(environment, egress, all_tools=settings.allow_unsandboxed)
+    return Slots(slots, environment, egress, all_tools=settings.allow_unsandboxed)
 
 
 def make_poke(settings: Settings) -> Poke:

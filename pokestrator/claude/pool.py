@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pokestrator.claude import processes
 from pokestrator.claude.calls import Call, Calls, OnEvent
+from pokestrator.claude.confinement import probe
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.folders import remove_abandoned, run_folder
 from pokestrator.claude.outcomes import failure
@@ -41,13 +42,16 @@ class Slots:
     """`size` agent slots. Nothing is started before start().
 
     `environment` is the owner's: Claude's key, address and proxy in it are the relay's, agents see what is left.
+    `all_tools` is the owner's word that agents keep all their tools where they cannot be confined.
     """
 
-    def __init__(self, size: int, environment: Mapping[str, str], egress: Egress | None = None) -> None:
+    def __init__(
+        self, size: int, environment: Mapping[str, str], egress: Egress | None = None, *, all_tools: bool = False
+    ) -> None:
         if size < 1:
             raise ValueError(f"size={size}: at least one slot is needed")
         self._relay = Relay(Upstream(environment), egress or Egress())
-        self._slots = [SlotProcess(of_agents(environment)) for _ in range(size)]
+        self._slots = [SlotProcess(of_agents(environment), all_tools=all_tools) for _ in range(size)]
         self._free = list(self._slots)
         self._calls = Calls()
 
@@ -102,7 +106,10 @@ class Inline:
     Slots.
     """
 
-    def __init__(self, environment: Mapping[str, str], egress: Egress | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], egress: Egress | None = None, *, all_tools: bool = False
+    ) -> None:
+        self._all_tools = all_tools
         self._relay = Relay(Upstream(environment), egress or Egress())
         self._environment = of_agents(environment)
         self._calls = Calls()
@@ -150,6 +157,7 @@ class Inline:
         from pokestrator.claude import worker  # the SDK is half a second and 60 MB that a service with slots can save
 
         processes.become_subreaper()
+        confinement = probe(all_tools=self._all_tools)
         since = processes.now()
         with run_folder() as folder:
 
@@ -158,7 +166,14 @@ class Inline:
 
             self._kill = kill
             result = worker.run(
-                call.request, self._environment, folder, call.deadline, kill, call.tell, lambda: bool(call.end_reason)
+                call.request,
+                self._environment,
+                confinement,
+                folder,
+                call.deadline,
+                kill,
+                call.tell,
+                lambda: bool(call.end_reason),
             )
             processes.reap_orphans(since, processes.bystanders())
         return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import select
 import signal
 import time
@@ -78,6 +79,18 @@ def look_up(pid: int) -> Process | None:
 def all_processes() -> dict[int, Process]:
     found = (look_up(int(entry)) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208
     return {process.pid: process for process in found if process is not None}
+
+
+def threads_of(user: int) -> int:
+    """How many threads a user has on this machine, as RLIMIT_NPROC counts them."""
+    total = 0
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if entry.isdigit():
+            with suppress(OSError):  # it has just ended
+                status = Path(f"/proc/{entry}/status").read_text(errors="replace")
+                fields = dict(re.findall(r"^(Uid|Threads):\s+(\d+)", status, re.M))
+                total += int(fields["Threads"]) if int(fields["Uid"]) == user else 0
+    return total
 
 
 def below(roots: Iterable[int], table: Mapping[int, Process]) -> list[Process]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import select
-import shutil
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 
-from pokestrator.claude import processes
+from pokestrator.claude import folders, processes
+from pokestrator.claude.confinement import Confinement
 from pokestrator.redaction import Redactor
 from pokestrator.runs import RunEvent, RunRequest, RunResult
 from pokestrator.telemetry import configure_logging
@@ -27,8 +28,9 @@ _LEAVE = signal.SIGUSR1
 class _Slot:
     """This process's slot; there is one, made by `settle`."""
 
-    def __init__(self, events: Connection, environment: Mapping[str, str]) -> None:
+    def __init__(self, events: Connection, environment: Mapping[str, str], confinement: Confinement) -> None:
         self.environment = environment
+        self.confinement = confinement
         self.redactor = Redactor()
         self.folder: Path | None = None
         self._events = events
@@ -47,14 +49,15 @@ class _Slot:
         """End everything this process has started, and the process. Runs in the main thread, which starts them."""
         processes.kill_descendants()
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # our parent may have been quicker
+                folders.remove(self.folder)
         os._exit(0)
 
 
 _slot: _Slot | None = None
 
 
-def settle(lifeline: Connection, events: Connection, environment: Mapping[str, str]) -> None:
+def settle(lifeline: Connection, events: Connection, environment: Mapping[str, str], confinement: Confinement) -> None:
     """Make this process a slot: ends with its parent, whatever happens to it; not by signals meant for the parent.
 
     The parent holds the only other end of `lifeline` and never writes to it.
@@ -66,7 +69,7 @@ def settle(lifeline: Connection, events: Connection, environment: Mapping[str, s
     processes.hide_memory()
     for connection in (lifeline, events):
         os.set_inheritable(connection.fileno(), False)
-    _slot = _Slot(events, environment)
+    _slot = _Slot(events, environment, confinement)
     signal.signal(_LEAVE, _slot.leave)
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
     configure_logging("WARNING", redact=_slot.redactor)
@@ -88,7 +91,9 @@ def run(request: RunRequest, folder: str, deadline: float) -> RunResult:
     end_all, never = processes.kill_descendants, lambda: False  # a slot whose run must end is killed itself
     try:
         with _slot.redactor.also(request.variables.values()):
-            return worker.run(request, _slot.environment, _slot.folder, deadline, end_all, _slot.send, never)
+            return worker.run(
+                request, _slot.environment, _slot.confinement, _slot.folder, deadline, end_all, _slot.send, never
+            )
     finally:
         processes.reap()
         _slot.folder = None

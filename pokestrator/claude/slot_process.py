@@ -18,6 +18,7 @@ from typing import Any
 
 from pokestrator.claude import processes, slot
 from pokestrator.claude.calls import Call
+from pokestrator.claude.confinement import probe
 from pokestrator.claude.folders import run_folder
 from pokestrator.claude.outcomes import failure
 from pokestrator.claude.processes import Process
@@ -42,8 +43,9 @@ class _Run:
 class SlotProcess:
     """One process with one run at a time. end(), hang_up() and close() may come from other threads than run()."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, all_tools: bool = False) -> None:
         self._environment = environment
+        self._all_tools = all_tools
         self._lock = threading.Lock()  # held while the process or its run is exchanged or ended
         self._closed = False
         self._executor: ProcessPoolExecutor | None = None
@@ -66,7 +68,8 @@ class SlotProcess:
             context = _Context()
             hears, self._lifeline = context.Pipe(duplex=False)
             self._events, tells = context.Pipe(duplex=False)
-            self._executor = ProcessPoolExecutor(1, context, slot.settle, (hears, tells, self._environment))
+            given = (hears, tells, self._environment, probe(all_tools=self._all_tools))
+            self._executor = ProcessPoolExecutor(1, context, slot.settle, given)
             with _bare_main():
                 self._warmed = self._executor.submit(slot.warm)
             # The slot holds these alone now, so that its death is an end of file here.

@@ -10,9 +10,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import claude_agent_sdk
 from claude_agent_sdk import (
     AssistantMessage,
     ClaudeAgentOptions,
@@ -27,12 +29,14 @@ from claude_agent_sdk import (
     query,
 )
 
+from pokestrator.claude.confinement import FOLDERS, Confinement, launcher
 from pokestrator.claude.outcomes import Ending, failure, result_of, usage_of
 from pokestrator.claude.processes import MARK
 from pokestrator.environ import environment
 from pokestrator.redaction import Redactor
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.settings import secret_names
+from pokestrator.subagents import Tool
 from pokestrator.telemetry import one_line
 
 # One request a run in place of three, one of them paid; no background work that outlives the answer.
@@ -47,6 +51,7 @@ _QUIET = {
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
 _LOOPBACK = ("127.0.0.1", "localhost")  # where the relay is: asked for Claude, it is no proxy
+CLI = Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
 
@@ -54,6 +59,7 @@ _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
 def run(
     request: RunRequest,
     allowed: Mapping[str, str],
+    confinement: Confinement,
     folder: Path,
     deadline: float,
     kill_processes: Callable[[], object],
@@ -65,17 +71,29 @@ def run(
     `allowed` is what every agent may see of the environment, beside the `variables` of its request; `folder` an empty
     one of its own whose name marks its processes. `kill_processes` ends them at once, the CLI included. Who ends the
     run that way from outside makes `must_end` true before: the kill may come when the CLI is only just being started,
-    and miss it.
+    and miss it. A run that cannot be confined as `confinement` says ends without having begun.
     """
+    request = _within_ceiling(request, confinement, on_event)
     seen = _environment(allowed, request.variables, folder, deadline)
-    conversation = _Conversation(
-        request, folder, deadline, kill_processes, Redactor(_secrets(allowed, request)), on_event, must_end
-    )
+    left = max(0.0, deadline - time.monotonic())
     try:
-        with environment(seen):
-            return asyncio.run(conversation.hold())
-    finally:
-        kill_processes()
+        with launcher(confinement, folder, CLI, seen, left) as (program, variables), environment(variables):
+            censor = Redactor(_secrets(allowed, request))
+            conversation = _Conversation(request, program, folder, deadline, kill_processes, censor, on_event, must_end)
+            try:
+                return asyncio.run(conversation.hold())
+            finally:
+                kill_processes()
+    except (OSError, ValueError) as error:
+        return failure(ErrorKind.AGENT_CRASHED, f"the agent could not be confined: {error}")
+
+
+def _within_ceiling(request: RunRequest, confinement: Confinement, on_event: Callable[[RunEvent], None]) -> RunRequest:
+    """The request with no tool beyond those that there are for subagents at all, and that may be had here."""
+    tools = tuple(confinement.allowed([tool for tool in request.tools if tool in get_args(Tool)]))
+    if refused := [tool for tool in request.tools if tool not in tools]:
+        on_event(RunEvent("tools", one_line(f"without {', '.join(refused)}: {confinement}")))
+    return replace(request, tools=tools)
 
 
 class _Conversation:
@@ -84,6 +102,7 @@ class _Conversation:
     def __init__(
         self,
         request: RunRequest,
+        program: Path,
         folder: Path,
         deadline: float,
         kill_processes: Callable[[], object],
@@ -92,6 +111,7 @@ class _Conversation:
         must_end: Callable[[], bool],
     ) -> None:
         self._request = request
+        self._program = program
         self._folder = folder
         self._deadline = deadline
         self._kill_processes = kill_processes
@@ -117,7 +137,7 @@ class _Conversation:
         return self._outcome(trouble)
 
     async def _listen(self) -> None:
-        options = _options(self._request, self._folder, self._stderr.append)
+        options = _options(self._request, self._program, self._folder, self._stderr.append)
         async with aclosing(_messages(self._request.prompt, options)) as messages:
             try:
                 async for message in messages:
@@ -223,8 +243,9 @@ def _messages(prompt: str, options: ClaudeAgentOptions) -> Any:
     return query(prompt=prompt, options=options)
 
 
-def _options(request: RunRequest, folder: Path, on_stderr: Callable[[str], None]) -> ClaudeAgentOptions:
+def _options(request: RunRequest, program: Path, folder: Path, on_stderr: Callable[[str], None]) -> ClaudeAgentOptions:
     return ClaudeAgentOptions(
+        cli_path=program,
         model=request.model,
         system_prompt=request.system_prompt,
         tools=list(request.tools),
@@ -251,7 +272,7 @@ def _environment(
     allowed: Mapping[str, str], variables: Mapping[str, str], folder: Path, deadline: float
 ) -> dict[str, str]:
     """Everything the CLI and its commands see. Makes the folders it names."""
-    for name in ("home", "config", "tmp", "work"):
+    for name in FOLDERS:
         (folder / name).mkdir(mode=0o700)
     # A command that takes nearly all the time would leave none to answer.
     command_ms = max(1_000, int((deadline - time.monotonic()) * 750))

@@ -62,12 +62,14 @@ def create_app(application: Application) -> flask.Flask:
 
     # Without the guard: a host's own health check addresses us by a name of its own.
     @app.get("/healthz")
-    def healthz() -> dict[str, str]:
+    def healthz() -> dict[str, object]:
         """200 while the process serves. `degraded` says why it is not whole, so that a host does not restart it."""
+        held = application.confinement()
+        about = {"version": __version__, "sandbox": {"tier": held.tier, "egress": held.egress}}
         why = application.degraded_because()
         if why is None:
-            return {"status": "ok", "version": __version__}
-        return {"status": "degraded", "why": f"database: {_in_short(why)}", "version": __version__}
+            return {"status": "ok", **about}
+        return {"status": "degraded", "why": f"database: {_in_short(why)}", **about}
 
     return app
 

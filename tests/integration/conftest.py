@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,15 @@ from pokestrator.claude.pool import Slots
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
 from tests.integration.agent_runs import agent_environment, agents
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Like pytest's own, but open to those who know a name in it: where we are root, agents are other users."""
+    with tempfile.TemporaryDirectory(prefix="pokestrator-test-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.integration.flow import (
     Borrowed,
     bash,
     contents,
+    eventually,
     job_row,
     outcome_of,
     running,
@@ -44,9 +45,11 @@ def test_a_run_whose_agent_was_killed_runs_again_and_its_result_says_so(
     application: Application, inbox: Inbox, database_url: str, tmp_path: Path
 ) -> None:
     been = tmp_path / "been-here"
-    once = bash(f"test -e {been} || {{ touch {been}; kill -9 $PPID; sleep 5; }}")
+    once = bash(f"test -e {been} || {{ kill -9 $PPID; sleep 5; }}")
     job = task(POET_TASK, once, {"text": "Waves and light."})
     application.accept(job)
+    assert eventually(lambda: job_row(database_url, job.id)["interruptions"], 30)
+    been.touch()
     outcome = outcome_of(application, job, 30)
     assert (outcome.state, outcome.text) == (JobState.SUCCEEDED, f"Waves and light.\n\n{RAN_AGAIN}")
     assert contents(inbox.wait_for(1, 10)) == [outcome.text]

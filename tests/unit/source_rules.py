@@ -45,6 +45,7 @@ THREADS = (
     "pokestrator/claude/slot_process.py",
     "pokestrator/claude/relay.py",
     "pokestrator/web/gathering.py",  # hands whole requests to gunicorn's own threads
+    "pokestrator/claude/supervisor.py",
     "pokestrator/claude/slot.py",  # in the slot's own process: waits for its parent's end
     "pokestrator/cli.py",  # one job's thread, so that Ctrl-C is heard while it runs
     "pokestrator/demo/",  # its loopback servers, and the reader of the service's log
@@ -56,7 +57,11 @@ REQUESTS = (
     "pokestrator/claude/relay_messages.py",
     "pokestrator/claude/upstream.py",
 )
-ENVIRON = ("pokestrator/environ.py", *PROCESS_FILES)
+ENVIRON = (
+    "pokestrator/environ.py",
+    "pokestrator/claude/jail.py",  # a process of its own, whose variables are those of the program that it becomes
+    *PROCESS_FILES,
+)
 TEMPLATE_FILES = ("pokestrator/store/templates.py",)
 TEMPLATES_FOLDER = (*TEMPLATE_FILES, "pokestrator/bootstrap.py", "pokestrator/cli.py")  # they hand it on
 SETTINGS = (
