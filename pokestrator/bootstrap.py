@@ -8,19 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import SecretStr
-
 from pokestrator.claude import processes
-from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.confinement import Confinement, probe
-from pokestrator.claude.egress import Egress
-from pokestrator.claude.pool import Claude, Inline, Slots
+from pokestrator.claude.pool import Claude, Slots
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
-from pokestrator.poke.api import Poke
+from pokestrator.parts import concurrency_of, make_claude, make_poke, make_vault
 from pokestrator.redaction import Redactor
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
@@ -36,7 +32,6 @@ from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import IDLE_SECONDS, Database, Line
 from pokestrator.store.recovery import Recovery
 from pokestrator.store.rows import WAKE_CHANNEL
-from pokestrator.store.secrets import Vault, key_in
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Template
@@ -67,13 +62,6 @@ def revive_embedded_database(settings: Settings) -> None:
     """Start the embedded PostgreSQL again if that is what we use and it has died. Raises StoreUnavailable."""
     if settings.database_url is None and embedded_in(settings.data_dir).revive():
         log.warning("embedded_database_revived")
-
-
-def make_vault(settings: Settings) -> Vault:
-    """What secrets are encrypted with; the first call makes the embedded database's key. Raises StoreUnavailable."""
-    if settings.secret_key is not None:
-        return Vault(settings.secret_key.get_secret_value())
-    return Vault() if settings.database_url is not None else Vault(key_in(settings.data_dir.expanduser()))
 
 
 @dataclass
@@ -273,36 +261,6 @@ def prepare_database(database: Database, subagents: Subagents, templates: tuple[
         log.info("migrated", migration=name)
     for name in subagents.follow(templates):
         log.info("template_followed", subagent=name)
-
-
-def concurrency_of(settings: Settings) -> int:
-    """Runs at once in one worker of the instance."""
-    workers = settings.web_concurrency
-    if settings.concurrency is not None:
-        return share(settings.concurrency, workers)
-    return default_concurrency(workers)
-
-
-def make_claude(settings: Settings, slots: int) -> Claude:
-    """Agent slots, or the caller's own thread when inline."""
-    environment = dict(settings.agent_environment)
-    given: dict[str, SecretStr | str | None] = {
-        "ANTHROPIC_API_KEY": settings.anthropic_api_key,
-        "CLAUDE_CODE_OAUTH_TOKEN": settings.claude_code_oauth_token,
-        "ANTHROPIC_BASE_URL": settings.anthropic_base_url,
-    }
-    for name, value in given.items():
-        if value is not None:
-            environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    egress = Egress(settings.egress)
-    if settings.inline:
-        return Inline(environment, egress, all_tools=settings.allow_unsandboxed)
-    return Slots(slots, environment, egress, all_tools=settings.allow_unsandboxed)
-
-
-def make_poke(settings: Settings) -> Poke:
-    key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
-    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run, callback_hosts=settings.callback_hosts)
 
 
 def notices(settings: Settings) -> list[str]:

@@ -50,12 +50,12 @@ def set_(name: str, rest: tuple[str, ...]) -> None:
     if rest:
         fail(2, IN_ARGUMENTS)
     _check(name)
-    from pokestrator import bootstrap
     from pokestrator.errors import StoreUnavailable
+    from pokestrator.parts import make_vault
 
     settings = accepted_settings()
     try:
-        if not bootstrap.make_vault(settings).can_store:
+        if not make_vault(settings).can_store:
             fail(2, CANNOT_STORE)
     except StoreUnavailable as error:
         fail(3, str(error))
@@ -110,12 +110,12 @@ def new_key() -> None:
 @contextmanager
 def _stored() -> Iterator[Credentials]:
     """The credentials in the settings' database, whose tables are made if no service has run on it yet."""
-    from pokestrator import bootstrap
+    from pokestrator.parts import make_vault
     from pokestrator.store.credentials import Credentials
 
     settings = accepted_settings()
     with line_to_database(settings, prepare=True) as line:
-        yield Credentials(line, bootstrap.make_vault(settings))
+        yield Credentials(line, make_vault(settings))
 
 
 def _check(name: str) -> None:

@@ -47,6 +47,8 @@ _QUIET = {
     "DISABLE_AUTOUPDATER": "1",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_MAX_RETRIES": "2",
+    # Or Bash, whose input is a socket here, takes itself for a remote login and reads the machine's start files.
+    "SHLVL": "1",
 }
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
