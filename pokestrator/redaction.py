@@ -29,15 +29,15 @@ class Redactor:
         self._lock = threading.Lock()
         self._known = Counter[str]()
         self._spellings: tuple[str, ...] = ()  # the longest first
+        self._unbroken: tuple[str, ...] = ()  # the same without their own white space, which may have become another
         self.learn(secrets)
 
     def __call__(self, text: str) -> str:
-        spellings = self._spellings
-        for spelling in spellings:
+        for spelling in self._spellings:
             if spelling in text:
                 text = text.replace(spelling, REDACTED)
         whole = _without_breaks(text)
-        for spelling in spellings:
+        for spelling in self._unbroken:
             if spelling in whole:
                 text = _broken(spelling).sub(REDACTED, text)
         return text
@@ -59,8 +59,9 @@ class Redactor:
     def _change(self, added: Counter[str], removed: Counter[str]) -> None:
         with self._lock:
             self._known = self._known + added - removed
-            found = {text for secret in self._known if len(secret) >= LEAST_CHARACTERS for text in spellings(secret)}
-            self._spellings = tuple(sorted(found, key=lambda text: (-len(text), text)))
+            known = [secret for secret in self._known if len(secret) >= LEAST_CHARACTERS]
+            self._spellings = _longest_first(text for secret in known for text in spellings(secret))
+            self._unbroken = _longest_first(text for secret in known for text in _unbroken(secret))
 
 
 def redacted(value: Any, redact: Callable[[str], str]) -> Any:
@@ -74,9 +75,22 @@ def redacted(value: Any, redact: Callable[[str], str]) -> Any:
 
 @functools.lru_cache(maxsize=256)  # runs come and go with the same ones
 def spellings(secret: str) -> frozenset[str]:
-    """How a secret may stand in a text."""
+    """How a secret, or what is secret in it, may stand in a text."""
+    each_of = {secret, *passwords(secret), *_keys(secret)}
+    # Shells drop the line's end that a key's file has.
+    stripped = {each.strip() for each in each_of}
+    return frozenset(text for each in each_of | stripped if len(each) >= LEAST_CHARACTERS for text in _spelled(each))
+
+
+@functools.lru_cache(maxsize=256)
+def _unbroken(secret: str) -> frozenset[str]:
+    return frozenset(map(_without_breaks, spellings(secret)))
+
+
+def _spelled(secret: str) -> set[str]:
     data = secret.encode("utf-8", "surrogateescape")
-    found = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], ascii(secret)[1:-1]}
+    found = {secret, secret.lower()}  # as part of a host's name
+    found |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], ascii(secret)[1:-1]}
     # As Python escapes for paths, for queries and for forms; as JavaScript does; and every byte.
     percent = {quote(data), quote(data, safe=""), quote_plus(data), quote(data, safe="!'()*")}
     percent.add("%" + data.hex("%").upper())
@@ -87,7 +101,7 @@ def spellings(secret: str) -> frozenset[str]:
         # Only the characters that are made of the secret's own bytes alone.
         inner = whole[-(-before * 4 // 3) : (before + len(data)) * 4 // 3]
         found |= {inner, inner.translate(_URL_SAFE)}
-    return frozenset(each for each in found if len(each) >= LEAST_CHARACTERS)
+    return found
 
 
 def passwords(address: str) -> set[str]:
@@ -101,11 +115,24 @@ def passwords(address: str) -> set[str]:
     return found | {address} if found else found
 
 
+def _keys(secret: str) -> set[str]:
+    """What is secret in one that is a JSON object, such as the key file of a cloud's service account."""
+    try:
+        fields = json.loads(secret) if secret.lstrip().startswith("{") else {}
+    except (ValueError, RecursionError):
+        return set()
+    return {value for name, value in fields.items() if isinstance(value, str) and _NAMES_A_KEY.search(name)}
+
+
+def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
+    long_enough = {text for text in texts if len(text) >= LEAST_CHARACTERS}
+    return tuple(sorted(long_enough, key=lambda text: (-len(text), text)))
+
+
 def _without_breaks(text: str) -> str:
     """`text` without what _BREAK finds."""
     if "\\" in text:
-        for escaped in ("\\n", "\\r", "\\t"):
-            text = text.replace(escaped, "")
+        text = _ESCAPED_BREAK.sub("", text)
     return "".join(text.split())
 
 
@@ -114,6 +141,8 @@ def _broken(spelling: str) -> re.Pattern[str]:
     return re.compile(_BREAK.join(map(re.escape, spelling)))
 
 
-_BREAK = r"(?:\s|\\[nrt])*"  # white space, also as JSON writes it
+_BREAK = r"(?:\s|\\+[nrt])*"  # white space, also as JSON writes it, and JSON in JSON
+_ESCAPED_BREAK = re.compile(r"\\+[nrt]")
+_NAMES_A_KEY = re.compile("key|secret|token|password", re.IGNORECASE)
 _PERCENT = re.compile("%[0-9A-F]{2}")
 _URL_SAFE = str.maketrans("+/", "-_")

@@ -83,6 +83,44 @@ def test_a_secret_that_is_broken_into_lines_is_taken_out_whole(
     assert len(left) <= len(encode(b"A=b\nKEY=\nC=d\n")) + 4
 
 
+PEM = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqh/iG9w0B\nAQEFAASCBKcwggSj+gEAAoIB\n-----END PRIVATE KEY-----\n"
+KEY_FILE = json.dumps({"type": "service_account", "private_key": PEM, "project": "an-ordinary-name"}, indent=2)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        PEM,
+        PEM.strip(),
+        " ".join(PEM.split()),  # echo $KEY
+        PEM.replace("\n", "\r\n"),
+        textwrap.indent(PEM, "    "),
+        json.dumps(json.dumps({"key": PEM})),
+        base64.b64encode(PEM.strip().encode()).decode(),
+        base64.encodebytes(PEM.encode()).decode(),
+        PEM.encode().hex(),
+    ],
+)
+@pytest.mark.parametrize("secret", [PEM, KEY_FILE], ids=["a key", "a key's file"])
+def test_a_key_of_several_lines_is_taken_out_whatever_becomes_of_its_line_ends(secret: str, written: str) -> None:
+    said = Redactor([secret])(f"<{written}>")
+    assert "[secret]" in said
+    assert len("".join(said.split())) < 40
+
+
+def test_what_is_no_key_in_a_key_file_may_be_said() -> None:
+    assert Redactor([KEY_FILE])("service_account, an-ordinary-name") == "service_account, an-ordinary-name"
+
+
+def test_the_password_in_an_address_is_a_secret_wherever_the_address_comes_from() -> None:
+    redactor = Redactor(["postgresql://me:pass%2Fword-1@db.example/app"])
+    assert redactor('password authentication failed for "pass/word-1"').endswith('"[secret]"')
+
+
+def test_a_secret_in_the_name_of_a_host_is_found_although_names_are_written_small() -> None:
+    assert Redactor(["sk-Mixed-CASE-0123"])("sk-mixed-case-0123.evil.example") == "[secret].evil.example"
+
+
 def test_text_around_a_broken_secret_keeps_its_lines() -> None:
     said = Redactor(["the-secret-value"])("one\n two the-sec\nret-value three\n\nfour\\nfive")
     assert said == "one\n two [secret] three\n\nfour\\nfive"
