@@ -13,7 +13,7 @@ from pokestrator import bootstrap  # noqa: E402
 from pokestrator.claude.processes import hide_memory  # noqa: E402
 from pokestrator.environ import process_redactor, process_settings  # noqa: E402
 from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
-from pokestrator.telemetry import configure_logging  # noqa: E402
+from pokestrator.telemetry import configure_logging, log_uncaught_errors  # noqa: E402
 from pokestrator.web.app import warm_up  # noqa: E402
 from pokestrator.web.server import application_of  # noqa: E402
 
@@ -24,6 +24,7 @@ except SettingsError as error:
     sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
 
 configure_logging(settings.log_level, redact=process_redactor())
+log_uncaught_errors()
 hide_memory()  # workers are forked, and as hidden
 
 wsgi_app = "wsgi:app"

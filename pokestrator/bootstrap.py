@@ -182,15 +182,15 @@ def build(
     limits = TaskLimits(settings.tasks_per_minute, settings.tasks_per_day, settings.unfinished_tasks)
     jobs, history, subagents = Jobs(database, vault, limits), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
-    runs = claude or make_claude(settings, concurrency)
+    redactor = redactor or Redactor(settings.secret_values())
+    redactor.learn(vault.keys)
+    runs = claude or make_claude(settings, concurrency, redactor)
     delivery = Delivery(Callbacks(database, vault), make_poke(settings))
     stopping = threading.Event()
     budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
     policy = RunPolicy(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
-    redactor = redactor or Redactor(settings.secret_values())
-    redactor.learn(vault.keys)
     runner = Runner(
         jobs=jobs,
         subagents=subagents,

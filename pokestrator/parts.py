@@ -8,6 +8,7 @@ from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.poke.api import Poke
+from pokestrator.redaction import Redactor
 from pokestrator.settings import Settings
 from pokestrator.store.secrets import Vault, key_in
 
@@ -27,8 +28,8 @@ def concurrency_of(settings: Settings) -> int:
     return default_concurrency(workers)
 
 
-def make_claude(settings: Settings, slots: int) -> Claude:
-    """Agent slots, or the caller's own thread when inline."""
+def make_claude(settings: Settings, slots: int, redactor: Redactor) -> Claude:
+    """Agent slots, or the caller's own thread when inline; `redactor` knows the secrets of the runs that go on."""
     environment = dict(settings.agent_environment)
     given: dict[str, SecretStr | str | None] = {
         "ANTHROPIC_API_KEY": settings.anthropic_api_key,
@@ -38,10 +39,10 @@ def make_claude(settings: Settings, slots: int) -> Claude:
     for name, value in given.items():
         if value is not None:
             environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    egress = Egress(settings.egress)
+    egress, all_tools = Egress(settings.egress), settings.allow_unsandboxed
     if settings.inline:
-        return Inline(environment, egress, all_tools=settings.allow_unsandboxed)
-    return Slots(slots, environment, egress, all_tools=settings.allow_unsandboxed)
+        return Inline(environment, egress, all_tools=all_tools, redactor=redactor)
+    return Slots(slots, environment, egress, all_tools=all_tools, redactor=redactor)
 
 
 def make_poke(settings: Settings) -> Poke:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TextIO
 
 import structlog
@@ -69,6 +71,18 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A logger whose calls take an event and its fields: `log.info("accepted", request_id=…)`."""
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(name)
     return logger
+
+
+def log_uncaught_errors() -> None:
+    """Have what ends a thread, or this process, told by the log too: Python's own way writes it as it is."""
+
+    def log_error(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        if issubclass(kind, Exception):
+            get_logger(__name__).critical("uncaught", exc_info=(kind, error, trace))
+
+    sys.excepthook = log_error
+    threading.excepthook = lambda args: log_error(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: log_error(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 _CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "·")

@@ -20,7 +20,7 @@ from pokestrator.claude import folders, processes
 from pokestrator.claude.confinement import Confinement
 from pokestrator.redaction import Redactor
 from pokestrator.runs import RunEvent, RunRequest, RunResult
-from pokestrator.telemetry import configure_logging
+from pokestrator.telemetry import configure_logging, log_uncaught_errors
 
 _LEAVE = signal.SIGUSR1
 
@@ -73,6 +73,7 @@ def settle(lifeline: Connection, events: Connection, environment: Mapping[str, s
     signal.signal(_LEAVE, _slot.leave)
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
     configure_logging("WARNING", redact=_slot.redactor)
+    log_uncaught_errors()
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # what it would say is in the run's result
     import pokestrator.claude.worker  # noqa: F401 - half a second that no run has to wait
 

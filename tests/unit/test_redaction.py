@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import logging
+import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import quote, quote_plus
 
@@ -15,7 +17,7 @@ import pytest
 from pokestrator.redaction import Redactor, passwords, redacted
 from pokestrator.settings import Settings
 from pokestrator.store.secrets import new_key
-from pokestrator.telemetry import configure_logging, get_logger
+from pokestrator.telemetry import configure_logging, get_logger, log_uncaught_errors
 
 SECRET = 'p/ss "word"+Zürich~'
 DATA = SECRET.encode()
@@ -200,3 +202,31 @@ def test_no_line_of_the_log_holds_a_secret() -> None:
     assert [json.loads(line)["event"] for line in lines] == ["event", "it said [secret]", "failed"]
     assert "another-secret" not in out.getvalue()
     assert "rich" not in out.getvalue()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_an_error_that_nobody_catches_is_logged_without_its_secrets(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after
+    out = io.StringIO()
+    configure_logging("INFO", out, redact=Redactor(["another-secret"]))
+    log_uncaught_errors()
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("refused another-secret")
+
+    def fails() -> None:
+        raise ValueError("refused another-secret")
+
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    Broken()
+    sys.excepthook(ValueError, ValueError("refused another-secret"), None)
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["uncaught"] * 3
+    assert all("refused [secret]" in line["exception"] for line in lines)
+    assert "another-secret" not in out.getvalue() + "".join(capfd.readouterr())
