@@ -15,7 +15,6 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -187,8 +186,8 @@ class GatheringWorker(ThreadWorker):
             client.settimeout(0)
             client.send(refusal(status))
 
-    def finish_request(self, conn: Client, fs: Future[bool]) -> None:
-        """Called in the main loop when a thread is done with a connection; its result says whether to keep it."""
+    def finish_request(self, conn: Client, fs: Any) -> None:
+        """Called in the main loop when a thread is done with a connection; its future, whether to keep it."""
         if fs.cancelled() or fs.exception() is not None or not fs.result():
             self._part_from(conn)
         elif conn.arrival.data:
