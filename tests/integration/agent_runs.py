@@ -13,6 +13,7 @@ from typing import Any
 
 from pokestrator.claude import processes
 from pokestrator.claude.pool import Claude
+from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.runs import RunEvent, RunRequest, RunResult
 
 KEY = "sk-ant-scripted-0123456789"
@@ -36,6 +37,21 @@ def scripted(*steps: Mapping[str, Any], **changes: Any) -> RunRequest:
 
 def bash(command: str) -> dict[str, Any]:
     return {"tool": "Bash", "input": {"command": command, "description": "a test"}}
+
+
+def tool_outputs(api: MessagesApi, request: RunRequest) -> list[str]:
+    """What each tool call of a run has printed, as the model was told."""
+    asked = next(each.body for each in reversed(api.requests) if _is_said(request.prompt, each.body))
+    contents = [message["content"] for message in asked["messages"]]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    results = [block["content"] for block in blocks if block["type"] == "tool_result"]
+    return [each if isinstance(each, str) else "".join(part.get("text", "") for part in each) for each in results]
+
+
+def _is_said(prompt: str, body: Mapping[str, Any]) -> bool:
+    said = [message["content"] for message in body["messages"]]
+    blocks = [block for content in said if isinstance(content, list) for block in content]
+    return prompt in said or prompt in [block.get("text") for block in blocks]
 
 
 def ignore(_: RunEvent) -> None:

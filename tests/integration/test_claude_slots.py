@@ -30,6 +30,7 @@ from tests.integration.agent_runs import (
     scripted,
     slot_of,
     start,
+    tool_outputs,
     unique_sleep,
     wait_until,
 )
@@ -126,8 +127,9 @@ def test_agents_inherit_no_ignored_signals(slots: Slots, api: MessagesApi) -> No
         "import signal as s; meant = (s.SIGINT, s.SIGTERM, s.SIGHUP, s.SIGCHLD); "
         "print([n for n in meant if s.getsignal(n) is s.SIG_IGN or n in s.pthread_sigmask(s.SIG_BLOCK, [])], 'end')"
     )
-    slots.run(scripted(bash(f'/usr/bin/python3 -c "{look}"'), {"text": "Done."}), ignore)
-    assert "[] end" in str(api.requests[-1].body["messages"][-1])
+    request = scripted(bash(f'/usr/bin/python3 -c "{look}"'), {"text": "Done."})
+    slots.run(request, ignore)
+    assert tool_outputs(api, request) == ["[] end"]
 
 
 def test_a_sweep_spares_what_is_not_of_the_run(slots: Slots, threads: ThreadPoolExecutor, tmp_path: Path) -> None:
