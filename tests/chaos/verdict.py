@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pokestrator.demo.inbox import Received
-from pokestrator.jobs import RAN_AGAIN
+from pokestrator.jobs import RAN_AGAIN, TOO_LATE
 from tests.chaos.ledgers import Ack, Fault, Interval, Ledgers, Orphan, Refusal, calm_spans, clock, overlap
 
 ORPHAN_SECONDS = 30.0
@@ -56,6 +56,7 @@ def judge(ledgers: Ledgers, posts: Sequence[Received], found: Found, unanswered:
     _judge_duplicates(verdict, posts, jobs_of_keys, list(ledgers.faults))
     _judge_writes(verdict, found)
     _judge_second_runs(verdict, found)
+    _judge_cancels(verdict, ledgers, found)
     _judge_orphans(verdict, ledgers, whole)
     _measure_recoveries(verdict, ledgers, found)
     _judge_accepts(verdict, ledgers)
@@ -143,6 +144,25 @@ def _judge_second_runs(verdict: Verdict, found: Found) -> None:
     verdict.rows.append(("jobs that ran more than once", text))
     silent = sorted(str(row["id"]) for row in again if row["state"] == "succeeded" and RAN_AGAIN not in row["result"])
     verdict.must_be_none("results of second runs that do not say so", silent, silent)
+
+
+def _judge_cancels(verdict: Verdict, ledgers: Ledgers, found: Found) -> None:
+    """Who was told that a task is being cancelled is told that it was, or that it had been done before."""
+    jobs = {str(row["id"]): row for row in found.jobs}
+    tally = Counter(each.status or "no answer" for each in ledgers.cancels)
+    verdict.rows.append(("cancels", ", ".join(f"{status} {n}" for status, n in tally.most_common()) or "none"))
+    ignored = []
+    for each in ledgers.cancels:
+        row = jobs.get(each.request_id)
+        if row is None or each.status not in ("cancelled", "cancelling") or row["state"] == "cancelled":
+            continue
+        in_time = each.status == "cancelling" and row["state"] == "succeeded" and row["result"].startswith(TOO_LATE)
+        if not in_time:
+            ignored.append(each.request_id)
+    verdict.must_be_none("tasks that went on though they were cancelled", ignored, ignored)
+    asked = {each.request_id for each in ledgers.cancels}
+    unasked = sorted(job for job, row in jobs.items() if row["state"] == "cancelled" and job not in asked)
+    verdict.must_be_none("tasks cancelled though nobody asked", unasked, unasked)
 
 
 # time --------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pokestrator.demo.inbox import Received
-from pokestrator.jobs import RAN_AGAIN
+from pokestrator.jobs import RAN_AGAIN, TOO_LATE
 from tests.chaos.faults import KINDS
-from tests.chaos.ledgers import Ack, Fault, Ledgers, Orphan, Refusal
+from tests.chaos.ledgers import Ack, Cancel, Fault, Ledgers, Orphan, Refusal
 from tests.chaos.schedule import plan, resources
 from tests.chaos.verdict import Found, Verdict, calm_seconds, judge, recoveries
 
@@ -49,7 +49,7 @@ def found(**changes: Any) -> Found:
     return Found(**{**values, **changes})
 
 
-def ledgers(*entries: Ack | Refusal | Fault | Orphan) -> Ledgers:
+def ledgers(*entries: Ack | Refusal | Cancel | Fault | Orphan) -> Ledgers:
     made = Ledgers()
     for entry in entries:
         match entry:
@@ -57,6 +57,8 @@ def ledgers(*entries: Ack | Refusal | Fault | Orphan) -> Ledgers:
                 made.acks.add(entry)
             case Refusal():
                 made.refusals.add(entry)
+            case Cancel():
+                made.cancels.add(entry)
             case Fault():
                 made.faults.add(entry)
             case Orphan():
@@ -134,6 +136,21 @@ def test_a_result_of_a_second_run_that_does_not_say_so_does_not_pass() -> None:
     honest = {**silent, "result": f"Done.\n\n{RAN_AGAIN}"}
     assert judged(ledgers(ack()), [post()], found(jobs=[honest])).failures == []
     assert judged(ledgers(ack()), [post()], found(jobs=[silent])).failures[0].startswith("results of second runs")
+
+
+def test_a_cancelled_task_that_went_on_does_not_pass_nor_one_that_nobody_cancelled() -> None:
+    cancelling = Cancel(12.0, JOB, "cancelling")
+    late = {**JOB_ROW, "result": f"{TOO_LATE}\n\nDone."}
+    cancelled = {**JOB_ROW, "state": "cancelled", "result": "Cancelled."}
+    for row in (late, cancelled):
+        assert judged(ledgers(ack(), cancelling), [post()], found(jobs=[row])).failures == []
+    verdict = judged(ledgers(ack(), cancelling), [post()])
+    assert verdict.failures[0].startswith("tasks that went on though they were cancelled: 1")
+    at_once = Cancel(12.0, JOB, "cancelled")
+    verdict = judged(ledgers(ack(), at_once), [post()], found(jobs=[late]))
+    assert verdict.failures[0].startswith("tasks that went on though they were cancelled: 1")
+    verdict = judged(ledgers(ack()), [post()], found(jobs=[cancelled]))
+    assert verdict.failures[0].startswith("tasks cancelled though nobody asked: 1")
 
 
 def test_a_call_that_failed_in_a_rolling_restart_does_not_pass_and_one_beside_it_does() -> None:
