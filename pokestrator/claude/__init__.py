@@ -9,4 +9,13 @@ outcomes.py     how a run ended, in the words of runs.py
 folders.py      the folder that a run works in
 processes.py    process trees: finding and ending what a run has started
 capacity.py     how many runs this machine can hold
+
+relay.py            the only address that agents reach: who is let in, and what for
+relay_http.py       HTTP as it speaks it with them
+relay_messages.py   their questions to Claude
+egress.py           their connections to other hosts
+admission.py        one run's part in all this, for as long as it lasts
+upstream.py         Claude's API, with the owner's key, proxy and CA files
+counting.py         what answers cost while they stream past
+prices.py           what models cost
 """

@@ -10,6 +10,7 @@ import base64
 import binascii
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -27,6 +28,7 @@ log = get_logger(__name__)
 
 MOST_STRANGERS = 64  # connections that have not said whose they are; the one that has waited longest makes room
 SEND_SECONDS = 60.0  # that an agent may let an answer wait
+LINGER_SECONDS = 1.0  # that a client may go on sending after its answer
 PROXY_USER = "run"
 
 
@@ -124,7 +126,7 @@ class Relay:
                 log.exception("relay_failed")  # one connection of one run; nobody else must notice
             finally:
                 self.knows(connection)
-            _shut(connection)
+            _hang_up(connection)
 
     def _meet(self, stranger: socket.socket) -> None:
         with self._lock:
@@ -209,6 +211,17 @@ def _proxy_token(header: str) -> str:
     except (binascii.Error, ValueError):
         return ""
     return password if scheme.lower() == "basic" and name == PROXY_USER else ""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End a connection from our side. What still comes is read: closed upon it, the answer might not arrive."""
+    until = time.monotonic() + LINGER_SECONDS
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while (left := until - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not connection.recv(65_536):
+                return
 
 
 def _shut(connection: socket.socket) -> None:

@@ -22,6 +22,7 @@ from pokestrator.claude.upstream import Broken, Connections, Unreachable
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 PATHS = frozenset({MESSAGES, COUNT_TOKENS})
 DEEPEST = 100  # levels of a question
+MOST_PARTS = 1_000_000  # of a question, at most: each may take a hundred bytes of memory once it is read
 PIECE = 65_536  # bytes read at once at most; less is passed on as it comes
 
 # Of one connection, or made anew for the next one; and everything by which somebody is recognized.
@@ -43,6 +44,8 @@ class Question:
     """A question that was read and found harmless. Raises Refused."""
 
     def __init__(self, data: bytes, *, may_search: bool) -> None:
+        if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_PARTS:
+            raise Refused(413, "request_too_large", "the body has too many parts")
         try:
             value = json.loads(data, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +18,7 @@ from psycopg.rows import dict_row
 from pokestrator.intake import Action, Question, new_job
 from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, Outcome, Route
 from pokestrator.runs import Usage
+from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.embedded import EmbeddedPostgres
 from pokestrator.store.history import History
@@ -30,7 +32,7 @@ MOST_ROWS = 500  # that a statement may read at one place: all that is queued, r
 DAYS = 30
 # psycopg prepares what it has sent five times, and PostgreSQL may plan what it has planned five times for all values.
 TIMES = 7
-TABLES = ("jobs", "callbacks", "job_events")
+TABLES = ("jobs", "callbacks", "job_events", "spending")
 TYPES = {bool: "boolean", int: "integer", float: "float8", uuid.UUID: "uuid"}
 
 # A job each five seconds, so that half of them are older than DAYS; its number is the end of its id. Indexes are made
@@ -68,6 +70,8 @@ INSERT INTO jobs (id, task, metadata, caller, channel, cancel_requested, state, 
 SELECT {ID}, 'Task ' || n, '{{}}', 'u-' || n % 5000, 'api_message', n % 20 = 0, 'running', 'owner:' || n % 5,
     now() + (n % 10 - 3) * interval '1 second', 1
 FROM generate_series(1000301, 1000340) AS n;
+INSERT INTO spending (day, caller, usd)
+SELECT current_date - n / 400, 'u-' || n, 0.5 FROM generate_series(1, 12800) AS n;
 INSERT INTO job_events (job_id, kind, text)
 SELECT {ID}, 'accepted', 'waiting to run' FROM generate_series(1000001, 1000340) AS n;
 
@@ -172,6 +176,7 @@ class Stores:
     def __init__(self, source: Any, held: list[Job]) -> None:
         self.jobs, self.history = Jobs(source), History(source)
         self.recovery, self.callbacks = Recovery(source), Callbacks(source)
+        self.budgets = Budgets(source, 20.0, 10.0)
         self.held, self.job = held, held[0]
 
 
@@ -189,6 +194,7 @@ def stores(connection: psycopg.Connection[Any], explained: Explained) -> Stores:
 
 
 DONE = Outcome(JobState.SUCCEEDED, "Done.")
+COSTLY = replace(DONE, usage=Usage(cost_usd=0.1))
 POKE = list(Channel)[:2]
 AT = CallbackTarget("https://poke.invalid/1", "token")
 BUSY = {"busy": [AT.url], "busy_hosts": ["poke.invalid"], "not_ids": [ENDED]}
@@ -228,7 +234,9 @@ CALLS: dict[str, Callable[[Stores], object]] = {
     "release": lambda its: its.jobs.release(its.held),
     "record a route": lambda its: its.jobs.record_route(its.job, Route.MATCH, "it fits"),
     "note": lambda its: its.jobs.note(its.job, "tool", "Bash"),
+    "reserve": lambda its: its.budgets.reserve(its.job, 1.0),
     "finish": lambda its: its.jobs.finish(its.job, DONE),
+    "finish what has cost something": lambda its: its.jobs.finish(its.job, COSTLY),
     "interrupt": lambda its: its.jobs.interrupt(its.job, "the slot died", Usage()),
     "retry": lambda its: its.jobs.retry(its.job, 5.0, "HTTP 529", Usage()),
     "owners": lambda its: its.recovery.owners(),

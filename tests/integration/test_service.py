@@ -85,6 +85,13 @@ def test_the_second_task_of_a_template_matches_the_stored_subagent(application: 
     assert POET_TASK in str(asked["messages"])
 
 
+def test_the_timeline_says_where_an_agent_could_not_go(application: Application) -> None:
+    job = task(POET_TASK, bash("curl -sS https://elsewhere.example/ 2>&1 || true"), {"text": "It is closed."})
+    assert done(application, job) == "It is closed."
+    refused = [event.text for event in application.history.timeline(job.id) if event.kind == "refused"]
+    assert refused == ["elsewhere.example: not in this subagent's hosts; its owner can list it there"]
+
+
 def test_a_task_that_nothing_fits_builds_a_subagent_and_asks_to_send_it_again(
     application: Application, inbox: Inbox, database_url: str
 ) -> None:
