@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pokestrator.claude.calls import CANCELLED, Call
-from pokestrator.claude.confinement import probe
 from pokestrator.claude.pool import Inline, Slots
 from pokestrator.claude.slot_process import SlotProcess
 from pokestrator.demo.messages_api import MessagesApi
@@ -90,7 +89,7 @@ def test_a_run_that_waits_for_a_slot_is_cancelled_promptly(
 
 def test_a_run_that_was_cancelled_on_the_way_to_its_slot_is_not_begun(api: MessagesApi) -> None:
     request, seen = scripted({"text": "Done."}), len(api.requests)
-    slot = SlotProcess(agent_environment(api.url), probe())
+    slot = SlotProcess(agent_environment(api.url))
     try:
         assert slot.run(Call(request, time.monotonic() + 20, ignore, end_reason=CANCELLED)) == ENDED
         assert slot.run(Call(request, time.monotonic() + 20, ignore)).text == "Done."
