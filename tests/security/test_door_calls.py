@@ -21,7 +21,7 @@ from tests.security.door import Door, open_door
 GRANTED = "wish-granted"
 ME = {"X_Poke_User_Id": "me"}
 STRANGER = {"X_Poke_User_Id": "somebody-else"}
-STRIPE = "Show me my Stripe payouts and balance"  # goes to a shipped template
+BILL = "Split a bill of 184.50 between 5 people"  # goes to a shipped template
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def greedy(attacker: Inbox) -> dict[str, Any]:
 )
 def test_metadata_grants_no_wish(door: Door) -> None:
     look = {"tool": "Bash", "input": {"command": "pwd; env", "description": "look around"}}
-    task = f"{STRIPE} SCRIPT: {json.dumps([look, {'text': 'The balance is in.'}])}"
+    task = f"{BILL} SCRIPT: {json.dumps([look, {'text': 'It is 36.90 each.'}])}"
     with Inbox() as attacker:
         plain, wished = (run(door, task, metadata) for metadata in ("", greedy(attacker)))
         assert attacker.received == []
@@ -186,10 +186,31 @@ def posts(door: Door, request_id: uuid.UUID) -> list[Any]:
 )
 def test_a_callback_address_must_be_safe(door: Door, url: str) -> None:
     tasks = door.tasks()
-    refused = door.orchestrate(STRIPE, X_Poke_Callback_Url=url, X_Poke_Callback_Token="t")
+    refused = door.orchestrate(BILL, X_Poke_Callback_Url=url, X_Poke_Callback_Token="t")
     assert refused["isError"]
     assert "X-Poke-Callback-Url" in refused["content"][0]["text"]
     assert door.tasks() == tasks
+
+
+# Pages ---------------------------------------------------------------------------------------------------------------
+
+
+@attack("`<script>` in a task, its metadata, a header, an argument's name", "JSON that no browser takes for a page")
+def test_no_answer_is_a_page(door: Door) -> None:
+    script = "<script>alert(1)</script>"
+    calls = [
+        call({"task_description": script, "metadata": {script: script}}),
+        call({"task_description": "x", script: 1}),
+        rpc(script),
+        rpc("tools/call", {"name": script, "arguments": {}}),
+        f'{{"jsonrpc": "2.0", "id": "{script}", "method": "ping"}}',
+    ]
+    for body in calls:
+        answer = door.post(body, ("X-Poke-User-Id", script))
+        headers = {name.lower(): value for name, value in answer.headers.items()}
+        assert headers["content-type"].startswith("application/json")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["content-security-policy"].startswith("default-src 'none'")
 
 
 # Other people's tasks ----------------------------------------------------------------------------------------------
@@ -198,7 +219,7 @@ def test_a_callback_address_must_be_safe(door: Door, url: str) -> None:
 @attack("status and cancel of another caller's task, by its request_id", "the same answer as for one that never was")
 def test_another_callers_task_can_be_neither_seen_nor_stopped(door: Door) -> None:
     script = 'SCRIPT: [{"hang": 600}]'
-    mine = door.orchestrate(STRIPE, f"My own. {script}", **ME)["structuredContent"]["request_id"]
+    mine = door.orchestrate(BILL, f"My own. {script}", **ME)["structuredContent"]["request_id"]
     assert eventually(lambda: job_row(door.database_url, uuid.UUID(mine))["state"] == "running", 60)
     nobodys = str(uuid.uuid4())
     for action in ("status", "cancel"):
@@ -208,7 +229,7 @@ def test_another_callers_task_can_be_neither_seen_nor_stopped(door: Door) -> Non
             ]
             assert answers[0] == answers[1]
             assert answers[0]["isError"]
-            assert "Stripe" not in str(answers[0])
+            assert "184.50" not in str(answers[0])
     job = job_row(door.database_url, uuid.UUID(mine))
     assert (job["state"], job["cancel_requested"]) == ("running", False)
     told = door.orchestrate("", {"action": "cancel", "request_id": mine}, **ME)["structuredContent"]

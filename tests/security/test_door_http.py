@@ -22,7 +22,7 @@ from tests.security.attacks import attack
 from tests.security.door import KEY, PATIENCE, Door, everything, open_door, request
 
 PING = rpc("ping").encode()
-TASK = call({"task_description": "Show me my Stripe payouts"}).encode()
+TASK = call({"task_description": "Split a bill of 184.50 between 5 people"}).encode()
 SMUGGLED = request(f"Content-Length: {len(TASK)}", "Connection: close", body=TASK)
 SLOW = 64
 CONNECTIONS = 512  # gunicorn.conf.py

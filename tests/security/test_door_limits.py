@@ -98,7 +98,7 @@ def test_more_requests_than_may_be_are_told_to_wait(door: Door) -> None:
 @pytest.mark.parametrize("caller", ["flooder", None])
 def test_more_tasks_than_may_be_are_refused_and_not_stored(door: Door, caller: str | None) -> None:
     who = {"X_Poke_User_Id": caller} if caller else {}
-    tasks = [f"Show me my Stripe payouts {uuid.uuid4()}. {HANGS}" for _ in range(UNFINISHED + 1)]
+    tasks = [f"Split a bill of 184.50 between 5 people {uuid.uuid4()}. {HANGS}" for _ in range(UNFINISHED + 1)]
     stored = door.tasks()
     answers = [door.orchestrate(task, **who) for task in tasks]
     assert ["isError" in each and each["isError"] for each in answers] == [False] * UNFINISHED + [True]
@@ -109,17 +109,17 @@ def test_more_tasks_than_may_be_are_refused_and_not_stored(door: Door, caller: s
     assert door.tasks() == stored + UNFINISHED
     if caller:  # the same words again are the same task, and no new one
         assert door.orchestrate(tasks[0], **who)["structuredContent"]["duplicate"] is True
-    assert "structuredContent" in door.orchestrate("Show me my Stripe balance", X_Poke_User_Id=f"other-{caller}")
+    assert "structuredContent" in door.orchestrate("Split a bill of 90 between 3 people", X_Poke_User_Id=f"other-{caller}")
 
 
 def test_tasks_of_a_minute_are_counted_by_both_workers_together(door: Door) -> None:
     who = {"X_Poke_User_Id": "quick"}
     for number in range(TASKS):
-        answer = door.orchestrate(f"Show me my Stripe payouts {number}. {HANGS}", **who)
+        answer = door.orchestrate(f"Split a bill of 184.50 between 5 people {number}. {HANGS}", **who)
         request_id = uuid.UUID(answer["structuredContent"]["request_id"])
         door.orchestrate("", {"action": "cancel", "request_id": str(request_id)}, **who)
         assert eventually(lambda job=request_id: job_row(door.database_url, job)["finished_at"], 30)
-    refused = door.orchestrate("Show me my Stripe payouts once more", **who)
+    refused = door.orchestrate("Split a bill of 184.50 between 5 people once more", **who)
     assert refused["isError"]
     limit = f"Not accepted: at most {TASKS} tasks a minute are taken from one person. Try again in "
     assert re.fullmatch(re.escape(limit) + r"\d+ (second|minute)s?\.", refused["content"][0]["text"])
