@@ -12,9 +12,10 @@ from pydantic import SecretStr
 
 from pokestrator.claude import processes
 from pokestrator.claude.capacity import default_concurrency, share
-from pokestrator.claude.confinement import Confinement, probe
+from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
+from pokestrator.claude.probing import probe
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question

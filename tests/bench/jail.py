@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pokestrator.claude import worker
-from pokestrator.claude.confinement import Confinement, launcher, probe
+from pokestrator.claude.confinement import Confinement, launcher
 from pokestrator.claude.pool import Inline
+from pokestrator.claude.probing import probe
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.runs import RunEvent
 from tests.bench.memory import memory_of

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from pokestrator.claude.confinement import ROOT, probe
+from pokestrator.claude.confinement import ROOT
 from pokestrator.claude.folders import PREFIX
 from pokestrator.claude.pool import Slots
+from pokestrator.claude.probing import probe
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.runs import RunRequest
 from tests.integration.agent_runs import agent_environment, agents, bash, ignore, scripted, tool_outputs, wait_until
