@@ -42,7 +42,8 @@ CAPABILITY_VERSION_3, MOST_CAPABILITIES = 0x20080522, 64
 
 # For the probe: what a confined process is there to do, and what it is there not to do.
 MUST = ("write inside", "dial the relay")
-MUST_NOT = ("write outside", "read outside", "dial elsewhere", "send by UDP", "open a Unix socket")
+SIGNAL, ELSEWHERE = "signal the service", "dial elsewhere"
+MUST_NOT = ("write outside", "read outside", SIGNAL, ELSEWHERE, "send by UDP", "open a Unix socket")
 
 
 def main() -> None:
@@ -112,7 +113,8 @@ def tried(tries: dict[str, Any]) -> list[str]:
         "dial the relay": lambda: dial("127.0.0.1"),
         "write outside": lambda: os.close(os.open(tries["outside"], os.O_WRONLY | os.O_CREAT)),
         "read outside": lambda: os.close(os.open(tries["secret"], os.O_RDONLY)),
-        "dial elsewhere": lambda: dial("127.0.0.2"),
+        SIGNAL: lambda: os.kill(os.getppid(), 0),
+        ELSEWHERE: lambda: dial("127.0.0.2"),
         "send by UDP": lambda: _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM),
         "open a Unix socket": lambda: _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM),
     }

@@ -22,6 +22,8 @@ from pokestrator.telemetry import one_line
 
 PROBE_SECONDS = 30.0  # for what takes a tenth of a second where the machine is not busy
 
+SIGNALLED = f"agents can end this user's processes (Landlock {landlock.WITH_SCOPES}, or starting as root, prevents it)"
+
 READABLE = (
     *PROGRAMS,
     *("/dev/urandom", "/dev/random", "/dev/zero"),
@@ -40,7 +42,7 @@ def probe(*, all_tools: bool = False) -> Confinement:
 def _probe() -> Confinement:
     """Try to get out of a jail such as runs have. Once a process, in some tenths of a second; what fails is limited."""
     best = Confinement("confined", "relay only", landlock.version(), os.geteuid() == 0, readable=tuple(_readable()))
-    reasons: list[str] = []
+    reasons = [SIGNALLED] if _can_signal(best) else []
     for wanted in (best, replace(best, egress="by port only")):
         problems = _problems(wanted)
         if not problems:
@@ -48,6 +50,11 @@ def _probe() -> Confinement:
         reasons.append(f"{wanted.egress}: {', '.join(problems)}")
     limited = replace(best, tier="limited", egress="open", reason="; ".join(reasons))
     return replace(limited, as_user=limited.as_user and not _problems(limited))
+
+
+def _can_signal(wanted: Confinement) -> bool:
+    """Whether nothing keeps a run from signalling its user's other processes, us among them."""
+    return landlock.WITH_PORTS <= wanted.landlock < landlock.WITH_SCOPES and not wanted.as_user
 
 
 def _readable() -> list[str]:
