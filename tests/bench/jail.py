@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.bench.jail
 
-`bare` starts the CLI itself; both go through the relay. On a busy machine a run's time says little: so there is also what
-it takes to start a program that does nothing, in the jail and out of it.
+`bare` starts the CLI itself; both go through the relay. On a busy machine a run's time says little: so there is also
+what it takes to start a program that does nothing, in the jail and out of it.
 """
 
 from __future__ import annotations
