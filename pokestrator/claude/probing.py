@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pokestrator.claude import jail, landlock
 from pokestrator.claude.confinement import FOLDERS, PROGRAMS, ROOT, Confinement, Orders, launcher
+from pokestrator.claude.folders import PREFIX
 from pokestrator.environ import minimal_environment
 from pokestrator.telemetry import one_line
 
@@ -94,7 +95,7 @@ def _problems(wanted: Confinement) -> list[str]:
 def _tried(wanted: Confinement) -> list[str]:
     """What a process confined like this could do (jail.tried). Raises OSError, ValueError, SubprocessError."""
     with (
-        tempfile.TemporaryDirectory(prefix="pokestrator-probe-") as name,
+        tempfile.TemporaryDirectory(prefix=f"{PREFIX}probe-") as name,
         socket.create_server(("", 0)) as relay,  # on every address, so that the wrong one could be dialled
     ):
         folder, port = Path(name), relay.getsockname()[1]
