@@ -11,9 +11,9 @@ sys.path.insert(0, ROOT)  # the `gunicorn` command does not look where this file
 
 from pokestrator import bootstrap  # noqa: E402
 from pokestrator.claude.processes import hide_memory  # noqa: E402
-from pokestrator.environ import process_settings  # noqa: E402
+from pokestrator.environ import process_redactor, process_settings  # noqa: E402
 from pokestrator.errors import SettingsError, StoreUnavailable  # noqa: E402
-from pokestrator.telemetry import configure_logging  # noqa: E402
+from pokestrator.telemetry import configure_logging, log_uncaught_errors  # noqa: E402
 from pokestrator.web.app import warm_up  # noqa: E402
 from pokestrator.web.server import application_of  # noqa: E402
 
@@ -23,7 +23,8 @@ try:
 except SettingsError as error:
     sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
 
-configure_logging(settings.log_level)
+configure_logging(settings.log_level, redact=process_redactor())
+log_uncaught_errors()
 hide_memory()  # workers are forked, and as hidden
 
 wsgi_app = "wsgi:app"
@@ -33,6 +34,8 @@ worker_class = "pokestrator.web.server.Worker"
 logger_class = "pokestrator.web.server.Logger"
 workers = settings.web_concurrency
 threads = 16  # a request takes milliseconds: it waits for one COMMIT
+worker_connections = 512  # fewer than a process may have files open, which is often 1,024
+forwarded_allow_ips = ""  # nobody's word is taken for where a request comes from, or what its path is
 timeout = 60
 graceful_timeout = settings.drain_seconds + 10
 control_socket_disable = True  # there is one per HOME: two instances would fight over it

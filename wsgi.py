@@ -4,7 +4,7 @@ import os
 import sys
 
 from pokestrator import bootstrap
-from pokestrator.environ import process_settings
+from pokestrator.environ import process_redactor, process_settings
 from pokestrator.errors import SettingsError, StoreUnavailable
 from pokestrator.telemetry import configure_logging
 from pokestrator.web.app import EXTENSION, create_app
@@ -19,9 +19,9 @@ try:
 except SettingsError as error:
     sys.exit("\n".join(f"cannot start: {problem}" for problem in error.problems))
 
-configure_logging(settings.log_level)
+configure_logging(settings.log_level, redact=process_redactor())
 try:
-    app = create_app(bootstrap.build(settings, bootstrap.database_url(settings)))
+    app = create_app(bootstrap.build(settings, bootstrap.database_url(settings), redactor=process_redactor()))
 except StoreUnavailable as error:
     sys.exit(f"cannot start: {error}")
 

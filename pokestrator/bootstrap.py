@@ -8,25 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import SecretStr
-
 from pokestrator.claude import processes
-from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.confinement import Confinement
-from pokestrator.claude.egress import Egress
-from pokestrator.claude.pool import Claude, Inline, Slots
+from pokestrator.claude.pool import Claude, Slots
 from pokestrator.claude.probing import probe
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
-from pokestrator.intake import Action, Question
+from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
-from pokestrator.poke import Poke
+from pokestrator.parts import concurrency_of, make_claude, make_poke, make_vault
+from pokestrator.redaction import Redactor
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.service import ACCEPT_SECONDS, Service
+from pokestrator.setting_checks import MAKE_SECRET_KEY
 from pokestrator.settings import Settings
 from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
+from pokestrator.store.credentials import Credentials
 from pokestrator.store.embedded import embedded_in
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -50,6 +49,7 @@ def database_url(settings: Settings) -> str:
     """The database to use; starts or joins the embedded one when none is set. Raises StoreUnavailable."""
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
+    make_vault(settings)  # first: where its key cannot be used, no server is left running
     return embedded_in(settings.data_dir).url
 
 
@@ -164,8 +164,14 @@ def build(
     *,
     claude: Claude | None = None,
     templates_folder: Path = TEMPLATES_FOLDER,
+    redactor: Redactor | None = None,
 ) -> Application:
-    """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged."""
+    """Wire an application for the database at `url`; `claude` and `templates_folder` may be exchanged.
+
+    `redactor`: the one that the log uses too; runs add their secrets to it. Without one, there is one of the settings.
+
+    Raises StoreUnavailable when the embedded database's key cannot be used.
+    """
     templates = _templates(templates_folder)
     database = Database(
         url,
@@ -173,16 +179,29 @@ def build(
         max_size=settings.db_pool_max_size,
         idle_seconds=STEPPING_SECONDS if settings.inline else IDLE_SECONDS,
     )
-    jobs, history, subagents = Jobs(database), History(database), Subagents(database)
+    vault = make_vault(settings)
+    limits = TaskLimits(settings.tasks_per_minute, settings.tasks_per_day, settings.unfinished_tasks)
+    jobs, history, subagents = Jobs(database, vault, limits), History(database), Subagents(database)
     concurrency = concurrency_of(settings)
-    runs = claude or make_claude(settings, concurrency)
-    delivery = Delivery(Callbacks(database), make_poke(settings))
+    redactor = redactor or Redactor(settings.secret_values())
+    redactor.learn(vault.keys)
+    runs = claude or make_claude(settings, concurrency, redactor)
+    delivery = Delivery(Callbacks(database, vault), make_poke(settings))
     stopping = threading.Event()
     budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
     policy = RunPolicy(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
-    runner = Runner(jobs=jobs, subagents=subagents, budgets=budgets, templates=templates, claude=runs, policy=policy)
+    runner = Runner(
+        jobs=jobs,
+        subagents=subagents,
+        credentials=Credentials(database, vault),
+        budgets=budgets,
+        templates=templates,
+        claude=runs,
+        redactor=redactor,
+        policy=policy,
+    )
     service = Service(
         jobs=jobs,
         history=history,
@@ -190,6 +209,7 @@ def build(
         claude=runs,
         delivery=delivery,
         stopping=stopping,
+        redact=redactor,
         accept_seconds=None if settings.inline else ACCEPT_SECONDS,
     )
 
@@ -244,36 +264,6 @@ def prepare_database(database: Database, subagents: Subagents, templates: tuple[
         log.info("template_followed", subagent=name)
 
 
-def concurrency_of(settings: Settings) -> int:
-    """Runs at once in one worker of the instance."""
-    workers = settings.web_concurrency
-    if settings.concurrency is not None:
-        return share(settings.concurrency, workers)
-    return default_concurrency(workers)
-
-
-def make_claude(settings: Settings, slots: int) -> Claude:
-    """Agent slots, or the caller's own thread when inline."""
-    environment = dict(settings.agent_environment)
-    given: dict[str, SecretStr | str | None] = {
-        "ANTHROPIC_API_KEY": settings.anthropic_api_key,
-        "CLAUDE_CODE_OAUTH_TOKEN": settings.claude_code_oauth_token,
-        "ANTHROPIC_BASE_URL": settings.anthropic_base_url,
-    }
-    for name, value in given.items():
-        if value is not None:
-            environment[name] = value.get_secret_value() if isinstance(value, SecretStr) else value
-    egress = Egress(settings.egress)
-    if settings.inline:
-        return Inline(environment, egress, all_tools=settings.allow_unsandboxed)
-    return Slots(slots, environment, egress, all_tools=settings.allow_unsandboxed)
-
-
-def make_poke(settings: Settings) -> Poke:
-    key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
-    return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run)
-
-
 def notices(settings: Settings) -> list[str]:
     """What the owner should know at start: settings that are fine to miss but leave something undone."""
     found = []
@@ -283,6 +273,11 @@ def notices(settings: Settings) -> list[str]:
         found.append(
             "POKE_API_KEY is not set and POKE_DRY_RUN is off: jobs run, but results without a callback address of "
             "their own wait until there is a key (make one at poke.com/kitchen)"
+        )
+    if settings.secret_key is None and settings.database_url is not None:
+        found.append(
+            "POKESTRATOR_SECRET_KEY is not set: callback tokens are stored in the clear, and no credential can be "
+            f"stored (`{MAKE_SECRET_KEY}` prints a key)"
         )
     return found
 

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 not accepted (settings, arguments, task), 3 no d
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -15,19 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
 from pokestrator import __version__
-from pokestrator.environ import process_settings, server_environment
+from pokestrator.cli_credentials import credentials
+from pokestrator.environ import process_redactor, process_settings, server_environment
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackState, Channel, Job, JobState, NewJob, Outcome
 from pokestrator.settings import Settings
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.telemetry import configure_logging, one_line
+from pokestrator.terminal import accepted_settings, fail, interruptible, line_to_database, refuse
 
 if TYPE_CHECKING:
     from pokestrator.bootstrap import Application
@@ -45,13 +46,16 @@ def main() -> None:
     """Gives Poke abilities that grow while people use it."""
 
 
+main.add_command(credentials)
+
+
 @main.command()
 def serve() -> None:
     """Serve Poke over MCP, under gunicorn, on HOST and PORT."""
     try:
         environment = server_environment()
     except SettingsError as error:
-        _refuse(error)
+        refuse(error)
     # exec: signals reach gunicorn itself.
     os.execve(sys.executable, [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py")], environment)
 
@@ -64,10 +68,10 @@ def demo(task: str | None) -> None:
 
     configure_logging("ERROR")
     try:
-        with _interruptible():
+        with interruptible():
             run_demo(click.echo, task)
     except (DemoFailed, ValueError) as error:
-        _fail(1, f"demo failed: {error}")
+        fail(1, f"demo failed: {error}")
     click.echo("\nAll went as it should.")
 
 
@@ -82,18 +86,18 @@ def run(task: str) -> None:
         settings = process_settings().model_copy(update={"inline": True, "poke_dry_run": True})
         wanted = new_job(sys.stdin.read() if task == "-" else task, channel=Channel.NONE)
     except SettingsError as error:
-        _refuse(error)
+        refuse(error)
     except InvalidTask as error:
-        _fail(2, str(error))
-    configure_logging("DEBUG" if settings.log_level == "DEBUG" else "ERROR")
+        fail(2, str(error))
+    configure_logging("DEBUG" if settings.log_level == "DEBUG" else "ERROR", redact=process_redactor())
     for notice in bootstrap.notices(settings):
         click.echo(notice, err=True)
-    with _interruptible():
+    with interruptible():
         outcome = _run_here(settings, wanted)
     if outcome is None:
-        _fail(1, f"request {wanted.id} was given up before it had a result")
+        fail(1, f"request {wanted.id} was given up before it had a result")
     if outcome.state is not JobState.SUCCEEDED:
-        _fail(1, f"{outcome.text}\n{outcome.detail}".strip())
+        fail(1, f"{outcome.text}\n{outcome.detail}".strip())
     click.echo(outcome.text)
 
 
@@ -162,25 +166,10 @@ def discard(wanted: UUID | None, dead: bool) -> None:
 
 @contextmanager
 def _outbox() -> Iterator[Callbacks]:
-    """The callbacks in the settings' database; one that is embedded is joined, and left running if others use it."""
-    from pokestrator import bootstrap
     from pokestrator.store.callbacks import Callbacks
-    from pokestrator.store.pool import Database
 
-    try:
-        settings = process_settings()
-    except SettingsError as error:
-        _refuse(error)
-    configure_logging("ERROR")
-    with _interruptible(), ExitStack() as stack:
-        try:
-            url = bootstrap.database_url(settings)
-            stack.callback(bootstrap.leave_embedded_database, settings)
-            line = Database(url).line()
-            stack.callback(line.close)
-            yield Callbacks(line)
-        except StoreUnavailable as error:
-            _fail(3, f"no database: {error}")
+    with line_to_database(accepted_settings()) as line:
+        yield Callbacks(line)
 
 
 def _one_or_all(
@@ -197,9 +186,9 @@ def _one_or_all(
             return every(outbox)
         state = one(outbox, wanted)
     if state is None:
-        _fail(1, f"there is no callback of a request {wanted}")
+        fail(1, f"there is no callback of a request {wanted}")
     if state is not CallbackState.DEAD:
-        _fail(1, f"the callback of {wanted} is {state} already")
+        fail(1, f"the callback of {wanted} is {state} already")
     return 1
 
 
@@ -215,15 +204,15 @@ def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
         try:
             url = bootstrap.database_url(settings)
             stack.callback(bootstrap.leave_embedded_database, settings)
-            application = bootstrap.build(settings, url)
+            application = bootstrap.build(settings, url, redactor=process_redactor())
             stack.callback(application.close)
             application.start()
         except StoreUnavailable as error:
-            _fail(3, f"database init failed: {error}")
+            fail(3, f"database init failed: {error}")
         try:
             return _follow_here(application, application.claim_here(wanted))
         except StoreUnavailable as error:
-            _fail(3, f"the database went away: {error}")
+            fail(3, f"the database went away: {error}")
 
 
 def _follow_here(application: Application, job: Job) -> Outcome | None:
@@ -266,37 +255,3 @@ def _run_job(application: Application, job: Job) -> None:
         application.service.run_job(job)
     except (LeaseLost, StoreUnavailable) as error:  # interrupted or aborted above
         click.echo(str(error), err=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up after itself;
-    then exit with 128 + the signal's number."""
-    code = 128 + signal.SIGINT
-
-    def interrupt(number: int, _frame: object) -> None:
-        nonlocal code
-        for caught in before:  # a second one must not interrupt the cleaning up
-            signal.signal(caught, lambda *_: None)
-        code = 128 + number
-        raise KeyboardInterrupt
-
-    # What is ignored already, as SIGHUP is by nohup, stays ignored.
-    wanted = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {each: signal.signal(each, interrupt) for each in wanted}
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail(code, "Interrupted.")
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _refuse(error: SettingsError) -> NoReturn:
-    _fail(2, "\n".join(f"cannot start: {problem}" for problem in error.problems))
-
-
-def _fail(code: int, text: str) -> NoReturn:
-    click.echo(text, err=True)
-    sys.exit(code)

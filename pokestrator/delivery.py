@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from pokestrator.errors import StoreUnavailable
 from pokestrator.jobs import Channel, NewJob, callback_content
-from pokestrator.poke import Message, Poke, Receipt
+from pokestrator.poke.api import Message, Poke
+from pokestrator.poke.post import Receipt
 from pokestrator.schedule import NextTry, next_try
 from pokestrator.store.callbacks import UNSENDABLE_HOURS, Callback, Callbacks, host_of
 from pokestrator.telemetry import get_logger
@@ -247,6 +248,7 @@ class Delivery:
             age_seconds=age_seconds,
             channels=self._poke.channels,
             jitter=random.uniform(0.8, 1.2),
+            is_refused=receipt.is_refused,
         )
 
     # what is under way -----------------------------------------------------------------------------------------

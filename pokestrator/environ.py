@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
+from pokestrator.redaction import Redactor
 from pokestrator.settings import INHERITED_BY_AGENTS, Settings, environment_names, secret_names
 
 
@@ -17,6 +18,12 @@ def process_settings() -> Settings:
     settings = Settings.from_environ(os.environ)
     remove_secrets(os.environ)
     return settings
+
+
+@functools.cache
+def process_redactor() -> Redactor:
+    """Takes this process's secrets out of texts; runs add theirs for as long as they last."""
+    return Redactor(process_settings().secret_values())
 
 
 def server_environment() -> dict[str, str]:

@@ -4,7 +4,9 @@ PokestratorError
 ├── SettingsError        the environment holds a value that cannot be used; ends the start
 ├── InvalidTask          the caller sent something we do not store; the caller can mend it
 ├── TryAgainLater        nothing was stored, and the same call may work in a moment
+│   └── TooManyTasks     its caller has used up a limit
 ├── InvalidDefinition    a template or a draft that breaks the rules for subagents
+├── SecretKeyError       a secret cannot be encrypted or decrypted: no key, or not the one it was encrypted with
 ├── StoreUnavailable     PostgreSQL cannot be reached or did not answer in time
 └── LeaseLost            this process no longer owns the job; its result is thrown away
 """
@@ -12,6 +14,7 @@ PokestratorError
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 
 class PokestratorError(Exception):
@@ -39,12 +42,29 @@ class TryAgainLater(PokestratorError):
     """The call was not accepted and nothing was stored; the text says when to try again."""
 
 
+class TooManyTasks(TryAgainLater):
+    """The caller has sent `most` tasks in the last `limit`, or has as many under way (`unfinished`).
+
+    `wait_seconds`: until one more may be sent; None when that depends on when one ends.
+    """
+
+    def __init__(self, limit: Literal["minute", "day", "unfinished"], most: int, wait_seconds: float | None) -> None:
+        self.limit = limit
+        self.most = most
+        self.wait_seconds = wait_seconds
+        super().__init__(f"the limit of tasks is reached: {most} ({limit})")
+
+
 class InvalidDefinition(PokestratorError):
     """A subagent definition that breaks a rule; `problems` are `field: reason` lines."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(problems))
+
+
+class SecretKeyError(PokestratorError):
+    """There is no key to encrypt with, or none of ours fits what was encrypted. The text names neither."""
 
 
 class StoreUnavailable(PokestratorError):

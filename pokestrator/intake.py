@@ -30,6 +30,15 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
+class TaskLimits:
+    """How many tasks are accepted from one caller; those who do not say who they are count as one."""
+
+    per_minute: int
+    per_day: int
+    unfinished: int  # under way at once
+
+
+@dataclass(frozen=True)
 class Question:
     """A call about an earlier job; without `request_id`, about the caller's latest."""
 

@@ -93,7 +93,6 @@ class Job:
     metadata: str | Mapping[str, Any]
     caller: str | None
     channel: Channel
-    callback: CallbackTarget | None
     state: JobState
     claim_seq: int
     interruptions: int

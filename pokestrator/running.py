@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Literal
@@ -12,9 +12,11 @@ from pokestrator.building import draft_request, read_draft, task_text
 from pokestrator.claude.pool import Claude
 from pokestrator.errors import InvalidDefinition, StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
+from pokestrator.redaction import Redactor, redacted
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
 from pokestrator.store.budgets import Budgets, Reservation
+from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
@@ -42,8 +44,10 @@ class RunPolicy:
     after_build: Literal["ask", "run"]
     most_usd: float = DEFAULT_MAX_BUDGET_USD  # that a run may spend, whatever its version says
 
-    def request(self, definition: Definition, prompt: str, run_id: str) -> RunRequest:
-        """A run of a subagent's version."""
+    def request(
+        self, definition: Definition, prompt: str, run_id: str, variables: Mapping[str, str] | None = None
+    ) -> RunRequest:
+        """A run of a subagent's version, with these credentials."""
         return RunRequest(
             prompt=prompt,
             system_prompt=definition.system_prompt,
@@ -53,6 +57,7 @@ class RunPolicy:
             max_turns=definition.max_turns or DEFAULT_MAX_TURNS,
             max_budget_usd=min(definition.max_budget_usd or DEFAULT_MAX_BUDGET_USD, self.most_usd),
             run_id=run_id,
+            variables=variables or {},
             hosts=definition.hosts,
         )
 
@@ -68,17 +73,21 @@ class Runner:
         *,
         jobs: Jobs,
         subagents: Subagents,
+        credentials: Credentials,
         budgets: Budgets,
         templates: Sequence[Template],
         claude: Claude,
+        redactor: Redactor,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
+        self._credentials = credentials
         self._budgets = budgets
         self._from_memory = MemoryBudget(budgets.most_usd)
         self._templates = {template.name: template for template in templates}
         self._claude = claude
+        self._redactor = redactor
         self._policy = policy
 
     def outcome(self, job: Job) -> Outcome:
@@ -98,12 +107,16 @@ class Runner:
         return subagent or self._subagents.adopt(self._templates[decision.name])
 
     def _run_agent(self, job: Job, subagent: Subagent, spent_usd: float = 0.0) -> Outcome:
-        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id)
+        needed, optional = subagent.definition.credentials, subagent.definition.optional_credentials
+        found, missing = self._credentials.values([*needed, *optional])
+        if unknown := {name: why for name, why in missing.items() if name in needed}:
+            return _without(unknown)
+        request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id, found)
         if lacking := self._reserve(job, spent_usd + request.max_budget_usd):
             return lacking
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
         return outcome_of(result, request.timeout_seconds)
 
     def _reserve(self, job: Job, usd: float) -> Outcome | None:
@@ -131,14 +144,14 @@ class Runner:
         request = replace(request, run_id=job.run_id, max_budget_usd=budget)
         if lacking := self._reserve(job, budget):
             return lacking
-        result = self._claude.run(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
         if result.error is not None:
             return outcome_of(result, request.timeout_seconds)
         try:
             draft = read_draft(result, self._templates.keys())
         except InvalidDefinition as error:
             return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
-        subagent = self._subagents.build(draft, job.task, since=job.created_at)
+        subagent = self._subagents.build(draft, job.task, since=job.created_at, claim=job)
         self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
         log.info("built", request_id=str(job.id), subagent=subagent.name)
         if self._policy.after_build == "run":
@@ -153,16 +166,26 @@ class Runner:
         if decision.name is None:
             return failed(ErrorKind.NOT_STORED, decision.reason)
         template = self._templates[decision.name]
+        if template.credentials or template.optional_credentials:
+            return failed(ErrorKind.NOT_STORED, f"the credentials of {template.name} are in the database")
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
         if not self._from_memory.reserve(request.max_budget_usd):
             return failed(ErrorKind.BUDGET_SPENT, "as much was spent from memory as may be on a day")
-        result = self._claude.run(request, _ignore)
+        result = self._ask(request, _ignore)
         self._from_memory.settle(request.max_budget_usd, result.usage.cost_usd)
         return outcome_of(result, request.timeout_seconds)
 
+    def _ask(self, request: RunRequest, on_event: Callable[[RunEvent], None]) -> RunResult:
+        """A run of Claude, nothing of which holds a secret that is known here."""
+        with self._redactor.also(request.variables.values()):
+            result = self._claude.run(request, on_event)
+            structured = None if result.structured is None else redacted(result.structured, self._redactor)
+            text, detail = self._redactor(result.text), self._redactor(result.detail)
+        return replace(result, text=text, detail=detail, structured=structured)
+
     def _note(self, job: Job, kind: str, text: str) -> None:
         try:
-            self._jobs.note(job, kind, one_line(text))
+            self._jobs.note(job, kind, one_line(self._redactor(text)))
         except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
             log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
 
@@ -202,6 +225,13 @@ def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:
 def failed(kind: ErrorKind, detail: str, usage: Usage | None = None, timeout_seconds: float = 0) -> Outcome:
     """A failure, with the one sentence that the person is told."""
     return Outcome(JobState.FAILED, sentence(kind, timeout_seconds), kind, detail, usage or Usage())
+
+
+def _without(missing: Mapping[str, str]) -> Outcome:
+    """How a job ends whose subagent needs credentials that cannot be had: their names, and why not."""
+    kind = ErrorKind.NEEDS_CREDENTIALS
+    detail = "; ".join(f"{name} {why}" for name, why in missing.items())
+    return Outcome(JobState.FAILED, sentence(kind, missing=list(missing)), kind, detail)
 
 
 def _built(subagent: Subagent) -> str:

@@ -6,7 +6,7 @@ service's process and an agent slot's process, so they are plain and picklable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -28,6 +28,7 @@ class ErrorKind(StrEnum):
     BUDGET_LIMIT = "budget_limit"
     BUDGET_SPENT = "budget_spent"  # the day's, or the caller's: it was not begun
     REFUSAL = "refusal"  # the model declined the task
+    NEEDS_CREDENTIALS = "needs_credentials"  # its subagent names some that are not stored, or cannot be decrypted
     INVALID_DRAFT = "invalid_draft"  # the drafter's answer breaks the rules for subagents
     INTERRUPTED = "interrupted"  # the run's owner died too often
     NOT_STORED = "not_stored"  # the database was away, and the task needed it
@@ -110,6 +111,10 @@ _SENTENCES = {
         "midnight UTC."
     ),
     ErrorKind.REFUSAL: "Claude declined to do this task; if that seems wrong, try saying it another way.",
+    ErrorKind.NEEDS_CREDENTIALS: (
+        "I can't do this without {missing}: this service's owner adds it (never by text) with "
+        "`python -m pokestrator credentials set {name}`, then please send it again."
+    ),
     ErrorKind.INVALID_DRAFT: "I couldn't build what this needs; try describing the task in other words.",
     ErrorKind.INTERRUPTED: "This task was interrupted three times and was given up; please send it again.",
     ErrorKind.NOT_STORED: "My memory is away and I have nothing at hand for this; please send it again later.",
@@ -117,6 +122,10 @@ _SENTENCES = {
 }
 
 
-def sentence(kind: ErrorKind, timeout_seconds: float = 0) -> str:
-    """What the person is told about an error; a timeout names its seconds."""
-    return _SENTENCES[kind].format(seconds=round(timeout_seconds))
+def sentence(kind: ErrorKind, timeout_seconds: float = 0, missing: Sequence[str] = ()) -> str:
+    """What the person is told about an error; a timeout names its seconds, and missing credentials their names."""
+    return _SENTENCES[kind].format(
+        seconds=round(timeout_seconds),
+        missing=" and ".join(missing) or "a credential",
+        name=missing[0] if len(missing) == 1 else "NAME",
+    )

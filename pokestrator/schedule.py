@@ -62,10 +62,12 @@ def next_try(
     age_seconds: float,
     channels: Sequence[Channel],
     jitter: float = 1.0,
+    is_refused: bool = False,
 ) -> NextTry | None:
     """What follows from failed try number `tries`, made `age_seconds` after the schedule began; None: a dead letter.
 
-    `status` and `asked` (seconds) are the receiver's; `channels` are those that can be used now.
+    `status` and `asked` (seconds) are the receiver's; `channels` are those that can be used now. `is_refused`: nothing
+    was sent, because the address is not one that we may send to.
 
     >>> both = (Channel.CALLBACK, Channel.API_MESSAGE)
     >>> next_try(503, channel=Channel.CALLBACK, tries=1, age_seconds=0, channels=both).wait_seconds
@@ -77,9 +79,9 @@ def next_try(
     >>> next_try(400, channel=Channel.CALLBACK, tries=1, age_seconds=0, channels=both) is None
     True
     """
-    if channel is Channel.CALLBACK and status in DEAD_TOKEN_STATUSES:
+    if channel is Channel.CALLBACK and (is_refused or status in DEAD_TOKEN_STATUSES):
         return NextTry(0.0, Channel.API_MESSAGE)  # also without a key: there may be one in the days to come
-    if not is_worth_retrying(status, channel):
+    if is_refused or not is_worth_retrying(status, channel):
         return None
     wait = wait_after(tries, asked, jitter)
     if channel is Channel.CALLBACK and Channel.API_MESSAGE in channels:

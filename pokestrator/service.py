@@ -43,6 +43,7 @@ ACCEPT_SECONDS = 1.0  # for storing a task; with the lookup below, an answer com
 LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
 IMPATIENT_SECONDS = 0.25  # in place of ACCEPT_SECONDS, while the database is known to be away or was just now
 IMPATIENCE_LASTS = 2.0  # seconds: or those who come while it hangs would wait for each other
+UNCERTAIN_LASTS = 3_600.0  # seconds that a call is remembered which may have been stored: Poke has given up long before
 RETRY_SECONDS = 1.0
 BUDGET_WAIT = 15.0  # seconds before a job looks again whether what others had reserved is free
 API_WAITS = (5.0, 25.0)  # seconds before the second and the third try, when Claude's API had trouble
@@ -60,6 +61,7 @@ class Service:
         claude: Claude,
         delivery: Delivery,
         stopping: threading.Event,
+        redact: Callable[[str], str],
         accept_seconds: float | None = ACCEPT_SECONDS,
     ) -> None:
         """`accept_seconds`: how long a caller waits for the database; None, while somebody may be stepping."""
@@ -69,10 +71,12 @@ class Service:
         self._claude = claude
         self._delivery = delivery
         self._stopping = stopping
+        self._redact = redact
         self._accept_seconds = accept_seconds
         self._impatient_until = 0.0
         self._runs_here: dict[uuid.UUID, str] = {}
         self._from_memory: dict[str, uuid.UUID] = {}  # by idempotency key, while it runs
+        self._uncertain: dict[str, float] = {}  # when a call of this idempotency key may have been stored
         self._memory_turn = threading.Lock()
 
     # in --------------------------------------------------------------------------------------------------------
@@ -130,17 +134,30 @@ class Service:
             return self._jobs.insert(job, within)
         except StoreUnavailable as error:
             log.warning("not_stored", request_id=str(job.id), reason=str(error), certain=not error.maybe_committed)
-            self._impatient_until = time.monotonic() + IMPATIENCE_LASTS
+            if within == self._accept_seconds:  # else a database that is only slow would never be waited for again
+                self._impatient_until = time.monotonic() + IMPATIENCE_LASTS
             if error.is_busy and not impatient and not error.maybe_committed:
                 raise TryAgainLater(BUSY) from error
             if not error.maybe_committed:
+                if self._may_be_stored(job):
+                    raise TryAgainLater(UNCERTAIN) from error
                 return None
         try:
             # The COMMIT's answer was lost. Storing the same id again waits for what may still be under way, and stores
             # it once; a guess could run the task twice.
             return self._jobs.insert(job, LOOKUP_SECONDS)
         except StoreUnavailable as error:
+            if job.idempotency is not None:
+                self._uncertain[job.idempotency.key] = time.monotonic()
             raise TryAgainLater(UNCERTAIN) from error
+
+    def _may_be_stored(self, job: NewJob) -> bool:
+        """Whether an earlier try of this call may have been stored: its repetition must not run from memory."""
+        long_ago = time.monotonic() - UNCERTAIN_LASTS
+        for key, at in list(self._uncertain.items()):
+            if at < long_ago:
+                self._uncertain.pop(key, None)
+        return job.idempotency is not None and job.idempotency.key in self._uncertain
 
     def ask(self, question: Question) -> JobStatus:
         """The status of a caller's job, cancelled first if that was asked. Raises InvalidTask, TryAgainLater."""
@@ -185,7 +202,7 @@ class Service:
             raise LeaseLost(f"released, because the database was away: {error}") from error
         except Exception as error:
             log.exception("run_failed", request_id=str(job.id))
-            outcome = failed(ErrorKind.INTERNAL, f"{type(error).__name__}: {error}")
+            outcome = failed(ErrorKind.INTERNAL, self._redact(f"{type(error).__name__}: {error}"))
         finally:
             if self._runs_here.get(job.id) == job.run_id:  # not a later claim's
                 del self._runs_here[job.id]

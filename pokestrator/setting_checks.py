@@ -6,7 +6,6 @@ Text that is refused raises ValueError with what is allowed; anything else is le
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from urllib.parse import urlsplit
 
@@ -14,6 +13,8 @@ from pokestrator.addresses import is_safe_url
 
 HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]*[a-z0-9])?|\[[0-9a-f:]+\]")
 MAKE_SECRET_KEY = "python -m pokestrator credentials new-key"
+SECRET_KEY_BYTES = 32
+_STANDARD_BASE64 = str.maketrans("-_", "+/")
 
 
 def check_url(value: object) -> object:
@@ -59,16 +60,25 @@ def check_origins(value: object) -> object:
 
 
 def check_secret_key(value: object) -> object:
-    """A Fernet key: 32 bytes in URL-safe base64."""
-    if not isinstance(value, str):
-        return value
-    try:
-        is_key = len(base64.urlsafe_b64decode(value.encode())) == 32
-    except (binascii.Error, ValueError):
-        is_key = False
-    if not is_key:
-        raise ValueError(f"a key as `{MAKE_SECRET_KEY}` prints one")
+    """One or several keys as `secret_keys` reads them."""
+    if isinstance(value, str):
+        secret_keys(value)
     return value
+
+
+def secret_keys(value: str) -> tuple[bytes, ...]:
+    """The keys in `value`, with commas between, each as Fernet takes it; the first one is to encrypt with.
+
+    A key is 32 bytes in base64, URL-safe (Fernet's own) or standard (which Render's `generateValue` makes).
+    """
+    keys = [part.strip().translate(_STANDARD_BASE64) for part in value.split(",")]
+    try:
+        decoded = [base64.b64decode(key.encode(), validate=True) for key in keys]
+    except ValueError:
+        decoded = []
+    if not decoded or any(len(key) != SECRET_KEY_BYTES for key in decoded):
+        raise ValueError(f"a key as `{MAKE_SECRET_KEY}` prints one")
+    return tuple(base64.urlsafe_b64encode(key) for key in decoded)
 
 
 def _parts(value: str) -> tuple[str, ...]:

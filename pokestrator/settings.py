@@ -24,12 +24,14 @@ from pydantic import (
 from pokestrator.addresses import is_loopback
 from pokestrator.errors import SettingsError
 from pokestrator.postgres_url import check_postgres_url
+from pokestrator.redaction import passwords
 from pokestrator.setting_checks import (
     check_hosts,
     check_origins,
     check_path,
     check_secret_key,
     check_url,
+    secret_keys,
     upper,
     without_brackets,
 )
@@ -250,6 +252,16 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise SettingsError([_problem(given, e["loc"], e["msg"]) for e in error.errors()]) from error
 
+    def secret_values(self) -> list[str]:
+        """All values that must never reach a log, a page, a message or another process."""
+        given = (getattr(self, name) for name in type(self).model_fields)
+        values = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        if self.secret_key is not None:
+            values += [key.decode() for key in secret_keys(self.secret_key.get_secret_value())]
+        # A driver or a proxy may quote the password alone.
+        addresses = [*values, *self.agent_environment.values()]
+        return [*values, *(secret for address in addresses for secret in passwords(address))]
+
     def refuse_open_door(self) -> None:
         """Raise SettingsError when strangers could reach the MCP endpoint without a key."""
         if self.api_key is None and not is_loopback(self.host):
@@ -267,6 +279,11 @@ def environment_names(field: str) -> tuple[str, ...]:
     if isinstance(info.validation_alias, AliasChoices):
         return tuple(str(choice) for choice in info.validation_alias.choices)
     return (info.alias,) if info.alias else ()
+
+
+def setting_names() -> frozenset[str]:
+    """Every environment name that settings are read from."""
+    return frozenset(name for field in Settings.model_fields for name in environment_names(field))
 
 
 def secret_names() -> frozenset[str]:

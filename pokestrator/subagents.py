@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
+from pokestrator.credential_names import PATTERN as CREDENTIAL_PATTERN
+from pokestrator.credential_names import check_credential_name
 from pokestrator.errors import InvalidDefinition
 
 # The ceiling: no template, draft or stored version can name a tool outside this list.
@@ -25,7 +35,7 @@ ANY_HOST = "*"  # in `hosts`: every public one
 HostPattern = Annotated[
     str, StringConstraints(pattern=r"^(\*|(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,})$", max_length=253)
 ]
-CredentialName = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]{1,63}$")]
+CredentialName = Annotated[str, StringConstraints(pattern=CREDENTIAL_PATTERN), AfterValidator(check_credential_name)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2_000)]
 
 
@@ -54,12 +64,13 @@ class Definition(BaseModel):
     max_turns: Annotated[int, Field(ge=1, le=100)] | None = None
     timeout_seconds: Annotated[int, Field(ge=5, le=3_600)] | None = None
     max_budget_usd: Annotated[float, Field(gt=0, le=100)] | None = None
-    credentials: tuple[CredentialName, ...] = ()
+    credentials: tuple[CredentialName, ...] = ()  # it cannot work without them
+    optional_credentials: tuple[CredentialName, ...] = ()  # it can do more with them
     hosts: tuple[HostPattern, ...] = ()  # that its runs reach, by https; `*.` in front of a name is all below it
 
     @model_validator(mode="after")
     def _secrets_go_to_known_hosts(self) -> Self:
-        if ANY_HOST in self.hosts and self.credentials:
+        if ANY_HOST in self.hosts and (self.credentials or self.optional_credentials):
             raise ValueError("hosts: must be named, not *, where there are credentials")
         return self
 

@@ -78,16 +78,15 @@ class Sweeper:
     def _clock_is_steady(self) -> bool:
         """Whether the database's clock has gone as fast as ours since the last look."""
         clocks = self._recovery.clock(), time.monotonic()
-        before, self._clocks = self._clocks, clocks
-        if before is None:
-            return True
+        before = clocks if self._clocks is None else self._clocks
         jump = (clocks[0] - before[0]) - (clocks[1] - before[1])
-        if abs(jump) <= CLOCK_JUMP_SECONDS:
-            return True
-        self._wait_a_lease(f"the database's clock jumped by {jump:.0f} s")
-        if jump < 0:
-            self._recovery.shorten_leases(self._lease_seconds)
-        return False
+        is_steady = abs(jump) <= CLOCK_JUMP_SECONDS
+        if not is_steady:
+            if jump < 0:
+                self._recovery.shorten_leases(self._lease_seconds)
+            self._wait_a_lease(f"the database's clock jumped by {jump:.0f} s")
+        self._clocks = clocks  # last: a jump that could not be answered is still there at the next look
+        return is_steady
 
     def _wait_a_lease(self, reason: str) -> None:
         log.info("sweep_waits", seconds=self._lease_seconds, reason=reason)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TextIO
 
 import structlog
 
 
-def configure_logging(level: str, stream: TextIO | None = None) -> None:
-    """Send our events and those of all libraries to `stream` (stderr) from `level` up."""
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Takes secrets out of each line as it is written, tracebacks and libraries' records included."""
+
+    def __init__(self, redact: Callable[[str], str], **options: Any) -> None:
+        super().__init__(**options)
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
+
+
+def configure_logging(level: str, stream: TextIO | None = None, redact: Callable[[str], str] = str) -> None:
+    """Send our events and those of all libraries to `stream` (stderr) from `level` up, each line through `redact`."""
     out = stream or sys.stderr
     renderer: Any
     if out.isatty():
@@ -24,7 +38,8 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     ]
     handler = logging.StreamHandler(out)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        _Formatter(
+            redact,
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -56,6 +71,18 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A logger whose calls take an event and its fields: `log.info("accepted", request_id=…)`."""
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(name)
     return logger
+
+
+def log_uncaught_errors() -> None:
+    """Have what ends a thread, or this process, told by the log too: Python's own way writes it as it is."""
+
+    def log_error(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        if issubclass(kind, Exception):
+            get_logger(__name__).critical("uncaught", exc_info=(kind, error, trace))
+
+    sys.excepthook = log_error
+    threading.excepthook = lambda args: log_error(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: log_error(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 _CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "·")

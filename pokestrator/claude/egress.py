@@ -19,6 +19,7 @@ from typing import Literal
 from pokestrator.addresses import is_public, matches
 from pokestrator.claude.admission import Admission
 from pokestrator.claude.relay_http import Conversation, Refused
+from pokestrator.dialing import Address, Resolve, connect, resolve
 from pokestrator.subagents import ANY_HOST
 
 HTTPS = 443
@@ -28,21 +29,13 @@ PIECE = 65_536
 
 _TARGET = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):(?P<port>[0-9]{1,5})")
 
-Address = tuple[str, int]
-
-
-def resolve(host: str, port: int) -> list[Address]:
-    """What the system's resolver says: IP addresses, each with a port. Raises OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys((str(address[0]), int(address[1])) for *_, address in found))
-
 
 @dataclass(frozen=True)
 class Egress:
     """Which hosts agents reach: those `listed` in their version, `any` public one, or `none`."""
 
     mode: Literal["listed", "any", "none"] = "listed"
-    resolve: Callable[[str, int], Sequence[Address]] = resolve
+    resolve: Resolve = resolve
     is_public: Callable[[str], bool] = is_public
 
     def admit(self, target: str, hosts: Sequence[str]) -> tuple[str, list[Address]]:
@@ -87,7 +80,7 @@ def tunnel(conversation: Conversation, target: str, admission: Admission, egress
         admission.tell("refused", refusal.sentence)
         raise
     try:
-        server = _connect(addresses)
+        server = connect(addresses, CONNECT_SECONDS)
     except OSError as error:
         admission.tell("connection", f"{name}: {error.strerror or error}")
         raise Refused(502, "api_error", f"{name}: {error.strerror or error}") from error
@@ -100,17 +93,6 @@ def tunnel(conversation: Conversation, target: str, admission: Admission, egress
             _carry(out, back)
         finally:
             admission.tell("connection", f"{name}, {_size(out.carried)} out, {_size(back.carried)} in")
-
-
-def _connect(addresses: Sequence[Address]) -> socket.socket:
-    """The first that answers. Raises OSError."""
-    trouble = OSError("it has no address")
-    for address in addresses:
-        try:
-            return socket.create_connection(address, CONNECT_SECONDS)
-        except OSError as error:
-            trouble = error
-    raise trouble
 
 
 @dataclass

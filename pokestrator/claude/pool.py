@@ -19,6 +19,7 @@ from pokestrator.claude.probing import probe
 from pokestrator.claude.relay import Relay, of_agents
 from pokestrator.claude.slot_process import SlotProcess
 from pokestrator.claude.upstream import Upstream
+from pokestrator.redaction import Redactor
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
 
 
@@ -42,15 +43,23 @@ class Slots:
     """`size` agent slots. Nothing is started before start().
 
     `environment` is the owner's: Claude's key, address and proxy in it are the relay's, agents see what is left.
+    `redactor` is who shall know each run's secrets while it goes on.
     `all_tools` is the owner's word that agents keep all their tools where they cannot be confined.
     """
 
     def __init__(
-        self, size: int, environment: Mapping[str, str], egress: Egress | None = None, *, all_tools: bool = False
+        self,
+        size: int,
+        environment: Mapping[str, str],
+        egress: Egress | None = None,
+        *,
+        all_tools: bool = False,
+        redactor: Redactor | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"size={size}: at least one slot is needed")
         self._relay = Relay(Upstream(environment), egress or Egress())
+        self._redactor = redactor or Redactor()
         self._slots = [SlotProcess(of_agents(environment), all_tools=all_tools) for _ in range(size)]
         self._free = list(self._slots)
         self._calls = Calls()
@@ -69,7 +78,7 @@ class Slots:
             if chosen is None:
                 return call.ended() or failure(ErrorKind.TIMEOUT, f"no slot was free in {request.timeout_seconds:g} s")
             try:
-                with _admitted(self._relay, call) as settle:
+                with _admitted(self._relay, call, self._redactor) as settle:
                     result = chosen.run(call)
                 return settle(result)
             finally:
@@ -107,10 +116,16 @@ class Inline:
     """
 
     def __init__(
-        self, environment: Mapping[str, str], egress: Egress | None = None, *, all_tools: bool = False
+        self,
+        environment: Mapping[str, str],
+        egress: Egress | None = None,
+        *,
+        all_tools: bool = False,
+        redactor: Redactor | None = None,
     ) -> None:
         self._all_tools = all_tools
         self._relay = Relay(Upstream(environment), egress or Egress())
+        self._redactor = redactor or Redactor()
         self._environment = of_agents(environment)
         self._calls = Calls()
         # Both are guarded by `changed`: no run begins while another one's processes are being killed.
@@ -124,7 +139,7 @@ class Inline:
                 return call.ended() or failure(ErrorKind.TIMEOUT, late)
             try:
                 self._relay.start()
-                with _admitted(self._relay, call) as settle:
+                with _admitted(self._relay, call, self._redactor) as settle:
                     result = self._attend(call)
                 result = settle(result)
             finally:
@@ -185,8 +200,14 @@ class Inline:
 
 
 @contextmanager
-def _admitted(relay: Relay, call: Call) -> Iterator[Callable[[RunResult], RunResult]]:
-    """Let a call's run in at the relay while the block lasts; what settles its result afterwards."""
-    with relay.admit(call.request, call.tell) as (admission, request):
+def _admitted(relay: Relay, call: Call, redactor: Redactor) -> Iterator[Callable[[RunResult], RunResult]]:
+    """Let a call's run in at the relay while the block lasts; what settles its result afterwards.
+
+    For as long, `redactor` knows all its secrets, the relay's token too.
+    """
+    with (
+        relay.admit(call.request, call.tell) as (admission, request),
+        redactor.also(request.variables.values()),
+    ):
         call.request = request
         yield admission.settled

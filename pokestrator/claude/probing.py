@@ -29,7 +29,6 @@ READABLE = (
     *PROGRAMS,
     *("/dev/urandom", "/dev/random", "/dev/zero"),
     *("/etc/passwd", "/etc/group", "/etc/hosts", "/etc/nsswitch.conf", "/etc/localtime", "/etc/mime.types"),
-    *("/etc/bash.bashrc", "/etc/bashrc"),  # bash reads it where its input is a socket, and the CLI gives it one
     *("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl", "/etc/pki", "/etc/ca-certificates"),
 )
 

@@ -18,8 +18,9 @@ from types import FrameType
 
 from pokestrator.claude import folders, processes
 from pokestrator.claude.confinement import Confinement
+from pokestrator.redaction import Redactor
 from pokestrator.runs import RunEvent, RunRequest, RunResult
-from pokestrator.telemetry import configure_logging
+from pokestrator.telemetry import configure_logging, log_uncaught_errors
 
 _LEAVE = signal.SIGUSR1
 
@@ -30,6 +31,7 @@ class _Slot:
     def __init__(self, events: Connection, environment: Mapping[str, str], confinement: Confinement) -> None:
         self.environment = environment
         self.confinement = confinement
+        self.redactor = Redactor()
         self.folder: Path | None = None
         self._events = events
         self._room = select.poll()
@@ -70,7 +72,8 @@ def settle(lifeline: Connection, events: Connection, environment: Mapping[str, s
     _slot = _Slot(events, environment, confinement)
     signal.signal(_LEAVE, _slot.leave)
     threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
-    configure_logging("WARNING")
+    configure_logging("WARNING", redact=_slot.redactor)
+    log_uncaught_errors()
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)  # what it would say is in the run's result
     import pokestrator.claude.worker  # noqa: F401 - half a second that no run has to wait
 
@@ -88,9 +91,10 @@ def run(request: RunRequest, folder: str, deadline: float) -> RunResult:
     _slot.folder = Path(folder)
     end_all, never = processes.kill_descendants, lambda: False  # a slot whose run must end is killed itself
     try:
-        return worker.run(
-            request, _slot.environment, _slot.confinement, _slot.folder, deadline, end_all, _slot.send, never
-        )
+        with _slot.redactor.also(request.variables.values()):
+            return worker.run(
+                request, _slot.environment, _slot.confinement, _slot.folder, deadline, end_all, _slot.send, never
+            )
     finally:
         processes.reap()
         _slot.folder = None

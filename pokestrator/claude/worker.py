@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from pokestrator.claude.confinement import FOLDERS, Confinement, launcher
 from pokestrator.claude.outcomes import Ending, failure, result_of, usage_of
 from pokestrator.claude.processes import MARK
 from pokestrator.environ import environment
+from pokestrator.redaction import Redactor
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.settings import secret_names
 from pokestrator.telemetry import one_line
@@ -45,6 +46,8 @@ _QUIET = {
     "DISABLE_AUTOUPDATER": "1",
     "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
     "CLAUDE_CODE_MAX_RETRIES": "2",
+    # Or Bash, whose input is a socket here, takes itself for a remote login and reads the machine's start files.
+    "SHLVL": "1",
 }
 # Without this WebFetch asks api.anthropic.com about each page's host before it fetches the page.
 _CLI_SETTINGS = json.dumps({"skipWebFetchPreflight": True})
@@ -52,7 +55,6 @@ _LOOPBACK = ("127.0.0.1", "localhost")  # where the relay is: asked for Claude, 
 CLI = Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 NOTICE_SECONDS = 0.3  # for asyncio to hear of the end of a process that was killed
 _MAIN_INPUTS = ("command", "file_path", "pattern", "url", "query")
-_LEAST_SECRET = 8  # characters; shorter values are no secrets, and would be found in ordinary words
 
 
 def run(
@@ -77,9 +79,8 @@ def run(
     left = max(0.0, deadline - time.monotonic())
     try:
         with launcher(confinement, folder, CLI, seen, left) as (program, variables), environment(variables):
-            conversation = _Conversation(
-                request, program, folder, deadline, kill_processes, _censor(allowed, request), on_event, must_end
-            )
+            censor = Redactor(_secrets(allowed, request))
+            conversation = _Conversation(request, program, folder, deadline, kill_processes, censor, on_event, must_end)
             try:
                 return asyncio.run(conversation.hold())
             finally:
@@ -106,7 +107,7 @@ class _Conversation:
         folder: Path,
         deadline: float,
         kill_processes: Callable[[], object],
-        censor: _Censor,
+        censor: Redactor,
         on_event: Callable[[RunEvent], None],
         must_end: Callable[[], bool],
     ) -> None:
@@ -207,23 +208,9 @@ class _Conversation:
         )
 
 
-class _Censor:
-    """Takes the values of secrets out of what an agent says: it can print its own environment."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        # The longest first: one may be part of another.
-        self._secrets = sorted({value for value in secrets if len(value) >= _LEAST_SECRET}, key=len, reverse=True)
-
-    def __call__(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
-
-
-def _censor(allowed: Mapping[str, str], request: RunRequest) -> _Censor:
-    """Every secret value that this run's agent has."""
-    own = [value for name, value in allowed.items() if name in secret_names()]
-    return _Censor([*own, *request.variables.values()])
+def _secrets(allowed: Mapping[str, str], request: RunRequest) -> list[str]:
+    """Every secret value that this run's agent has: it can print its own environment."""
+    return [*(value for name, value in allowed.items() if name in secret_names()), *request.variables.values()]
 
 
 def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:

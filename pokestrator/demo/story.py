@@ -27,7 +27,7 @@ from pokestrator.store.history import History
 from pokestrator.store.pool import Database
 from pokestrator.store.subagents import Subagents
 
-KNOWN_TASK = "How much revenue did we make on Stripe last week?"
+KNOWN_TASK = "Split 184.50 between 5 people with a 20% tip"
 UNKNOWN_TASK = "Invent a toast for my grandmother's 80th birthday: she loves sailing and bad puns"
 CALLBACK_SECONDS = 20.0
 DELIVERED_SECONDS = 5.0  # from Poke's answer to its being written down
@@ -111,6 +111,7 @@ def run_demo(say: Say, task: str | None = None) -> None:
             "POKESTRATOR_DATA_DIR": str(folder),
             "POKESTRATOR_API_KEY": api_key,
             "POKE_WEBHOOK_URL": inbox.message_url,
+            "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
             "POKE_API_KEY": secrets.token_urlsafe(24),
             "POKESTRATOR_DRAIN_SECONDS": "1",  # a job is under way at the end only when the demo was given up
         }

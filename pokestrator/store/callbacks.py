@@ -14,9 +14,11 @@ from datetime import datetime
 
 from psycopg.rows import DictRow
 
+from pokestrator.errors import SecretKeyError
 from pokestrator.jobs import CallbackState, CallbackTarget, Channel
-from pokestrator.store.pool import ConnectionSource
+from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import storable, write_event
+from pokestrator.store.secrets import Vault
 
 HOLD_SECONDS = 90  # a POST takes 45 at most, and what came of it is still to be written after an outage of half that
 UNSENDABLE_HOURS = 76  # as long as tries last
@@ -65,6 +67,11 @@ WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND attempts_
 GIVE_BACK = """
 UPDATE callbacks SET lease_until = NULL, next_attempt_at = now(), attempts_before = least(attempts_before + 1, attempts)
 WHERE id = %(id)s AND attempts = %(attempt)s AND state = 'pending' AND lease_until IS NOT NULL"""
+
+# Only for a row that this transaction has claimed; not counted as a try.
+FALL_BACK = """
+UPDATE callbacks SET channel = 'api_message', lease_until = NULL, last_error = %s,
+    attempts_before = least(attempts_before + 1, attempts) WHERE id = %s"""
 
 # The longest waits, with some to spare: none before the first try, an hour after the next ones (if the receiver asks
 # for it), 29 hours after the last but one.
@@ -124,7 +131,7 @@ class Callback:
     task: str
     content: str
     channel: Channel
-    target: CallbackTarget | None
+    target: CallbackTarget | None  # for Channel.CALLBACK
     attempt: int  # the fence
     tries: int  # the number of this one in its schedule, from 1
     age_seconds: float  # since the schedule began; negative when the clock went back
@@ -145,8 +152,10 @@ class DeadLetter:
 class Callbacks:
     """The callbacks table. All functions raise StoreUnavailable when PostgreSQL cannot be reached."""
 
-    def __init__(self, source: ConnectionSource) -> None:
+    def __init__(self, source: ConnectionSource, vault: Vault | None = None) -> None:
+        """`vault`: what callback tokens were encrypted with."""
         self._source = source
+        self._vault = vault or Vault()
 
     # sending ---------------------------------------------------------------------------------------------------
 
@@ -176,7 +185,22 @@ class Callbacks:
             "not_ids": list(not_ids),
         }
         with self._source.connection() as connection:
-            return [_callback(row) for row in connection.execute(CLAIM_DUE, values)]
+            while rows := connection.execute(CLAIM_DUE, values).fetchall():
+                if claimed := [each for row in rows if (each := self._opened(connection, row)) is not None]:
+                    return claimed
+        return []
+
+    def _opened(self, connection: Connection, row: DictRow) -> Callback | None:
+        """A claimed row, its token decrypted; None when it cannot be: the message API is next, as for a dead token."""
+        if row["channel"] != Channel.CALLBACK:
+            return _callback(row, None)
+        try:
+            return _callback(row, CallbackTarget(row["callback_url"], self._vault.unseal(row["callback_token"])))
+        except SecretKeyError as error:
+            reason = f"its callback token cannot be decrypted: {error}"
+        connection.execute(FALL_BACK, [reason, row["id"]])
+        write_event(connection, row["job_id"], "callback failed", reason)
+        return None
 
     def delivered(self, callback: Callback, status: int | None) -> None:
         event = ("delivered", f"{callback.channel}: {status or 'dry run'}")
@@ -270,15 +294,14 @@ def _claim(callback: Callback) -> dict[str, object]:
     return {"id": callback.id, "attempt": callback.attempt}
 
 
-def _callback(row: DictRow) -> Callback:
-    url, token = row["callback_url"], row["callback_token"]
+def _callback(row: DictRow, target: CallbackTarget | None) -> Callback:
     return Callback(
         id=row["id"],
         job_id=row["job_id"],
         task=row["task"],
         content=row["content"],
         channel=Channel(row["channel"]),
-        target=CallbackTarget(url, token) if url else None,
+        target=target,
         attempt=row["attempts"],
         tries=row["tries"],
         age_seconds=row["age_seconds"],

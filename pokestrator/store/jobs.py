@@ -1,25 +1,26 @@
 """Jobs in PostgreSQL: one function per transition of the picture in pokestrator/jobs.py, each SQL beside its function.
 
 Every write that ends or renews a run names the fence (`claim_seq`) of its claim. No row means that the lease was
-lost: LeaseLost. All functions raise StoreUnavailable when PostgreSQL cannot be reached. What befalls runs whose owner
-is gone stands in recovery.py.
+lost: LeaseLost. All functions raise StoreUnavailable when PostgreSQL cannot be reached. How a task comes in stands in
+accepting.py, what befalls runs whose owner is gone in recovery.py.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psycopg.rows import DictRow
-from psycopg.types.json import Jsonb
 
 from pokestrator.errors import LeaseLost
-from pokestrator.jobs import Idempotency, Job, JobState, NewJob, Outcome, Route, ending
+from pokestrator.intake import TaskLimits
+from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route, ending
 from pokestrator.runs import ErrorKind, Usage, sentence
+from pokestrator.store import accepting
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import (
-    WAKE_CHANNEL,
     end_job,
     job_of,
     spend,
@@ -29,39 +30,9 @@ from pokestrator.store.rows import (
     wake_all,
     write_event,
 )
+from pokestrator.store.secrets import Vault
 
 MAX_INTERRUPTIONS = 3
-
-# Row, first event and wake-up in one statement: the person who waits for the ack waits for each round trip.
-INSERT = """
-WITH job AS (
-    INSERT INTO jobs (id, task, metadata, caller, channel, callback_url, callback_token, idempotency_key)
-    VALUES (%(id)s, %(task)s, %(metadata)s, %(caller)s, %(channel)s, %(callback_url)s, %(callback_token)s, %(key)s)
-    ON CONFLICT (id) DO NOTHING
-    RETURNING id
-), event AS (
-    INSERT INTO job_events (job_id, kind, text) SELECT id, 'accepted', 'waiting to run' FROM job
-)
-SELECT pg_notify(%(wake)s, '')"""
-
-# Until the transaction ends, nobody else can look for this key or store a job with it.
-LOCK_KEY = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
-
-EARLIER = """
-SELECT id FROM jobs
-WHERE idempotency_key = %(key)s AND created_at > now() - make_interval(secs => %(seconds)s)
-    AND (finished_at IS NULL OR NOT %(while_unfinished)s)
-ORDER BY created_at DESC LIMIT 1"""
-
-# The newest address is the one that Poke listens on.
-READDRESS = """
-WITH job AS (
-    UPDATE jobs SET channel = 'callback', callback_url = %(url)s, callback_token = %(token)s WHERE id = %(id)s
-    RETURNING id
-)
-UPDATE callbacks SET channel = 'callback', state = 'pending', ended_at = NULL, next_attempt_at = now(),
-    begun_at = now(), attempts_before = attempts
-FROM job WHERE job_id = job.id AND state IN ('pending', 'dead')"""
 
 # A claim makes the run's owner, its lease and its fence in one step; rows that others are claiming are passed over.
 # ARRAY(…) has the subquery run once. As `id IN (SELECT … LIMIT …)` the planner may run it again for each row, and the
@@ -129,22 +100,28 @@ RETURNING id"""
 class Jobs:
     """The jobs table as those see it who accept tasks and run them."""
 
-    def __init__(self, source: ConnectionSource) -> None:
+    def __init__(self, source: ConnectionSource, vault: Vault | None = None, limits: TaskLimits | None = None) -> None:
+        """`vault`: what callback tokens are encrypted with; without one they are stored as they come.
+
+        `limits`: of each caller; None: there are none.
+        """
         self._source = source
+        self._vault = vault or Vault()
+        self._limits = limits
 
     def insert(self, job: NewJob, within: float | None = None) -> uuid.UUID:
         """Store a job as queued and wake every instance. When this returns, it is committed.
 
         Returns the job's id, or that of the earlier one which it repeats. The same job may be inserted again, after a
-        COMMIT whose answer was lost: it is stored once. `within`: seconds after which it gives up.
+        COMMIT whose answer was lost: it is stored once. `within`: seconds after which it gives up. Raises TooManyTasks.
         """
         with self._source.connection(within) as connection:
-            return _insert(connection, job)
+            return accepting.insert(connection, self._sealed(job), self._limits)
 
     def insert_claimed(self, job: NewJob, owner: str, lease_seconds: float) -> Job:
         """Store a job that its inserter runs itself; no other instance ever sees it queued."""
         with self._source.connection() as connection:
-            _insert(connection, job)
+            accepting.insert(connection, self._sealed(job), self._limits)
             return _claim(connection, owner, lease_seconds, limit=1, job_id=job.id)[0]
 
     def claim(self, owner: str, lease_seconds: float, limit: int) -> list[Job]:
@@ -230,44 +207,11 @@ class Jobs:
         with self._source.connection() as connection:
             return _end(connection, job, _hold(connection, job), outcome)
 
-
-def _insert(connection: Connection, job: NewJob) -> uuid.UUID:
-    if job.idempotency is not None:
-        earlier = _earlier(connection, job.idempotency)
-        if earlier is not None:
-            if earlier != job.id:
-                _repeat(connection, earlier, job)
-            return earlier
-    values = {
-        "id": job.id,
-        "task": job.task,
-        "metadata": Jsonb(job.metadata),
-        "caller": job.caller,
-        "channel": job.channel,
-        "callback_url": job.callback.url if job.callback else None,
-        "callback_token": job.callback.token if job.callback else None,
-        "key": job.idempotency.key if job.idempotency else None,
-        "wake": WAKE_CHANNEL,
-    }
-    connection.execute(INSERT, values)
-    return job.id
-
-
-def _earlier(connection: Connection, idempotency: Idempotency) -> uuid.UUID | None:
-    connection.execute(LOCK_KEY, [idempotency.key])
-    values = {
-        "key": idempotency.key,
-        "seconds": idempotency.seconds,
-        "while_unfinished": idempotency.while_unfinished,
-    }
-    row = connection.execute(EARLIER, values).fetchone()  # a statement after the lock: it sees what others committed
-    return None if row is None else row["id"]
-
-
-def _repeat(connection: Connection, earlier: uuid.UUID, job: NewJob) -> None:
-    if job.callback is not None:
-        connection.execute(READDRESS, {"id": earlier, "url": job.callback.url, "token": job.callback.token})
-    write_event(connection, earlier, "repeated", "the same call came again")
+    def _sealed(self, job: NewJob) -> NewJob:
+        """The job with its callback token as it is stored."""
+        if job.callback is None:
+            return job
+        return replace(job, callback=replace(job.callback, token=self._vault.seal(job.callback.token)))
 
 
 def _claim(

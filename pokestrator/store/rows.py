@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from psycopg.rows import DictRow
 
-from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, Outcome, callback_content
+from pokestrator.jobs import Channel, Job, JobState, Outcome, callback_content
 from pokestrator.runs import Usage
 from pokestrator.store.pool import Connection
 
@@ -95,14 +95,12 @@ def storable(text: str) -> str:
 
 def job_of(row: DictRow) -> Job:
     """A whole row of jobs as its runner sees it."""
-    url, token = row["callback_url"], row["callback_token"]
     return Job(
         id=row["id"],
         task=row["task"],
         metadata=row["metadata"],
         caller=row["caller"],
         channel=Channel(row["channel"]),
-        callback=CallbackTarget(url, token) if url else None,
         state=JobState(row["state"]),
         claim_seq=row["claim_seq"],
         interruptions=row["interruptions"],

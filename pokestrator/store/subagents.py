@@ -10,6 +10,8 @@ from datetime import datetime
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
+from pokestrator.errors import LeaseLost
+from pokestrator.jobs import Job
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.subagents import Author, Definition, Draft, Origin, Subagent, Template
 
@@ -20,9 +22,10 @@ INSERT INTO subagents (name, origin, version) VALUES (%s, %s, 1) ON CONFLICT (na
 
 INSERT_VERSION = """
 INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, model, max_turns,
-    timeout_seconds, max_budget_usd, credentials, hosts, digest)
+    timeout_seconds, max_budget_usd, credentials, optional_credentials, hosts, digest)
 VALUES (%(subagent_id)s, %(version)s, %(author)s, %(description)s, %(system_prompt)s, %(tools)s, %(model)s,
-    %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(hosts)s, %(digest)s)"""
+    %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(optional_credentials)s, %(hosts)s,
+    %(digest)s)"""
 
 INSERT_EXAMPLE = """
 INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), %s) ON CONFLICT DO NOTHING"""
@@ -38,8 +41,10 @@ WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagen
 
 CURRENT = """
 SELECT s.id, s.name, s.origin, s.version, v.author, v.description, v.system_prompt, v.tools, v.model, v.max_turns,
-    v.timeout_seconds, v.max_budget_usd, v.credentials, v.hosts, v.digest, s.created_at
+    v.timeout_seconds, v.max_budget_usd, v.credentials, v.optional_credentials, v.hosts, v.digest, s.created_at
 FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version"""
+
+HOLD_CLAIM = "SELECT id FROM jobs WHERE id = %s AND claim_seq = %s AND state = 'running' FOR SHARE"
 
 # Full-text search finds stored subagents that share a word with the task (any word, the best SHORTLIST by rank);
 # templates that are not stored yet are candidates beside them. For each: the task's lexemes that it knows, and its
@@ -132,15 +137,18 @@ class Subagents:
                 _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
         return _subagent(row)
 
-    def build(self, draft: Draft, cause: str, *, since: datetime) -> Subagent:
+    def build(self, draft: Draft, cause: str, *, since: datetime, claim: Job | None = None) -> Subagent:
         """Store a draft; `cause`, the task it was drafted for, is its first example.
 
         Two jobs that draft one name at the same time end with one subagent, which then knows both tasks. One that had
         the name before `since`, when the task came, is another subagent, which did not fit: the new one is numbered.
+        With `claim`, only for a job that still is the caller's: raises LeaseLost.
         """
         for number in itertools.count(1):
             name = draft.name if number == 1 else f"{draft.name[:44]}_{number}"
             with self._source.connection() as connection:
+                if claim is not None:
+                    _hold(connection, claim)
                 row, created = _insert(connection, name, Origin.BUILT, Author.DRAFTER, draft.definition())
                 if not created and row["created_at"] < since:
                     continue
@@ -167,6 +175,12 @@ class Subagents:
                 _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
             changed.append(template.name)
         return changed
+
+
+def _hold(connection: Connection, claim: Job) -> None:
+    """Keep a job with its owner until the end of the transaction. Raises LeaseLost where it has another one by now."""
+    if connection.execute(HOLD_CLAIM, [claim.id, claim.claim_seq]).fetchone() is None:
+        raise LeaseLost(f"job {claim.id} has another owner or has ended")
 
 
 def _insert(

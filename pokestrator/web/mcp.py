@@ -7,13 +7,10 @@ SDK's own server by tests/integration/test_mcp_differential.py.
 
 from __future__ import annotations
 
-import hmac
-import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import flask
 import mcp_types as types
@@ -38,12 +35,13 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from pokestrator import __version__
-from pokestrator.addresses import is_loopback
-from pokestrator.errors import InvalidTask, TryAgainLater
+from pokestrator.errors import InvalidTask, TooManyTasks, TryAgainLater
 from pokestrator.intake import Question
 from pokestrator.jobs import Acknowledgement, JobStatus, NewJob
 from pokestrator.telemetry import get_logger, one_line
 from pokestrator.web import tool
+from pokestrator.web.answers import VERSION_HEADER, envelope, json_answer, rejected
+from pokestrator.web.guard import Guard
 from pokestrator.web.strict_json import parse_json
 
 log = get_logger(__name__)
@@ -52,7 +50,6 @@ log = get_logger(__name__)
 # (an escaped surrogate pair), which makes 240 KB and 96 KB; the rest is room for the envelope.
 MAX_BODY_BYTES = 512 * 1024
 
-VERSION_HEADER = "MCP-Protocol-Version"
 ASSUMED_VERSION = "2025-03-26"  # what the specification lets a missing header mean
 
 SERVER_INFO = types.Implementation(name="pokestrator", title="Pokestrator", version=__version__)
@@ -66,21 +63,26 @@ Params = Mapping[str, Any]
 
 
 def mcp_blueprint(
-    accept: Accept, ask: Ask, *, path: str, api_key: str | None, after_ack: AfterAck | None = None
+    accept: Accept,
+    ask: Ask,
+    *,
+    path: str,
+    guard: Guard,
+    callback_hosts: Collection[str] = (),
+    after_ack: AfterAck | None = None,
 ) -> flask.Blueprint:
     """The MCP endpoint at `path`.
 
     `accept` stores a checked job and answers with its acknowledgement, or raises InvalidTask or TryAgainLater.
     `ask` answers a question about an earlier job (or does what it asks) with how that job stands, or raises the same.
     `after_ack` is called with the request_id of each durable job once the acknowledgement has been sent.
-    Without `api_key` the endpoint is open, but only to callers that address this machine by a loopback name.
-    Raises ValueError when `api_key` is blank.
+    `callback_hosts` are those that a call's answer may be sent to (addresses.may_be_called_back).
+    Nobody whom `guard` turns away comes as far as any of them.
     """
-    if api_key is not None and not api_key.strip():
-        raise ValueError("api_key is blank; give a key, or None for an open endpoint")
-    endpoint = _Endpoint(accept, ask, api_key, after_ack)
+    endpoint = _Endpoint(accept, ask, callback_hosts, after_ack)
     blueprint = flask.Blueprint("mcp", __name__)
-    blueprint.before_request(endpoint.guard)
+    blueprint.before_request(guard.turn_away)
+    blueprint.after_request(guard.open_to_page)
     blueprint.register_error_handler(HTTPException, _http_error)
     route = partial(blueprint.add_url_rule, path, strict_slashes=False, provide_automatic_options=False)
     route(endpoint="post", view_func=endpoint.post, methods=["POST"])
@@ -89,11 +91,10 @@ def mcp_blueprint(
 
 
 class _Endpoint:
-    def __init__(self, accept: Accept, ask: Ask, api_key: str | None, after_ack: AfterAck | None) -> None:
+    def __init__(self, accept: Accept, ask: Ask, callback_hosts: Collection[str], after_ack: AfterAck | None) -> None:
+        self._callback_hosts = callback_hosts
         self._accept = accept
         self._ask = ask
-        # surrogateescape: the environment may hold bytes that are not UTF-8, and a key is bytes.
-        self._api_key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")
         self._after_ack = after_ack
         self._handlers: dict[str, Callable[[Params], types.Result]] = {
             "initialize": _initialize,
@@ -103,33 +104,20 @@ class _Endpoint:
             "tools/call": self._call_tool,
         }
 
-    def guard(self) -> Response | None:
-        """Turn away whoever has no business here, before anything of the body is read."""
-        if self._api_key is None:
-            return _guard_against_browsers()
-        # WSGI hands headers over as latin-1, so this gives back the bytes that were sent.
-        header = request.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
-        scheme, _, key = header.partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key):
-            return None
-        _log_rejection(401, "wrong key" if header else "no key")
-        body = {"error": "unauthorized", "message": "Send this server's key as `Authorization: Bearer <key>`."}
-        return _json(body, 401, {"WWW-Authenticate": "Bearer"})
-
     def post(self) -> Response:
         """One JSON-RPC message in, its answer out; 202 for messages that need none."""
         if not request.accept_mimetypes.quality("application/json"):
-            return _rejected(406, types.INVALID_REQUEST, "Not Acceptable: Client must accept application/json")
+            return rejected(406, types.INVALID_REQUEST, "Not Acceptable: Client must accept application/json")
         if request.mimetype != "application/json":
-            return _rejected(415, types.INVALID_REQUEST, "Content-Type must be application/json")
+            return rejected(415, types.INVALID_REQUEST, "Content-Type must be application/json")
         request.max_content_length = MAX_BODY_BYTES
         try:
             body = parse_json(request.get_data(cache=False))
         except ValueError:
-            return _rejected(400, types.PARSE_ERROR, "Parse error")
+            return rejected(400, types.PARSE_ERROR, "Parse error")
         message = _message(body)
         if message is None:
-            return _rejected(400, types.INVALID_REQUEST, "Body must be a single JSON-RPC message")
+            return rejected(400, types.INVALID_REQUEST, "Body must be a single JSON-RPC message")
         version = request.headers.get(VERSION_HEADER, ASSUMED_VERSION)
         if version in HANDSHAKE_PROTOCOL_VERSIONS:
             return self._answer_handshake_era(message, version)
@@ -139,7 +127,7 @@ class _Endpoint:
         if not isinstance(message, JSONRPCRequest):
             return Response(status=202)
         try:
-            return _json(_envelope(message.id, result=self._dispatch(message, version)))
+            return json_answer(envelope(message.id, result=self._dispatch(message, version)))
         except MCPError as error:
             # Always 200: clients of this era do not look for a JSON-RPC error under another status.
             return _failed(message, error, 200)
@@ -149,13 +137,13 @@ class _Endpoint:
             unsupported = unsupported_protocol_version_rejection(version)
             return _rejected_by(unsupported, None) if unsupported else Response(status=202)
         if not isinstance(message, JSONRPCRequest):
-            return _rejected(400, types.INVALID_REQUEST, "Body must be a JSON-RPC request or notification")
+            return rejected(400, types.INVALID_REQUEST, "Body must be a JSON-RPC request or notification")
         # WSGI joins repeated headers with a comma, so a repeated routing header fails here as a mismatch.
         verdict = classify_inbound_request(body, headers={name.lower(): value for name, value in request.headers})
         if isinstance(verdict, InboundLadderRejection):
             return _rejected_by(verdict, message.id)
         try:
-            return _json(_envelope(message.id, result=self._dispatch(message, verdict.protocol_version)))
+            return json_answer(envelope(message.id, result=self._dispatch(message, verdict.protocol_version)))
         except MCPError as error:
             return _failed(message, error, ERROR_CODE_HTTP_STATUS.get(error.code, 200))
 
@@ -185,10 +173,13 @@ class _Endpoint:
         if params["name"] != tool.TOOL.name:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {tool.quoted(params['name'])}")
         try:
-            called = tool.read_call(params.get("arguments") or {}, request.headers)
+            called = tool.read_call(params.get("arguments") or {}, request.headers, self._callback_hosts)
             if isinstance(called, Question):
                 return self._answer(called)
             ack = self._accept(called)
+        except TooManyTasks as error:
+            log.info("task_refused", reason=str(error))
+            return tool.refused(tool.too_many(error))
         except (InvalidTask, TryAgainLater) as error:
             log.info("task_refused", reason=one_line(str(error)))
             return tool.refused(str(error))
@@ -240,23 +231,6 @@ def _stamped(result: dict[str, Any], version: str) -> dict[str, Any]:
     return {"resultType": "complete", **result, "_meta": {types.SERVER_INFO_META_KEY: _SERVER_INFO_WIRE}}
 
 
-def _guard_against_browsers() -> Response | None:
-    """Without a key, a web page could reach us from the person's own browser by rebinding its name to this machine."""
-    if not _is_this_machine("//" + request.headers.get("Host", "")):
-        return _rejected(421, types.INVALID_REQUEST, "Invalid Host header: without a key, only this machine may call")
-    origin = request.headers.get("Origin")
-    if origin and not _is_this_machine(origin):
-        return _rejected(403, types.INVALID_REQUEST, "Invalid Origin header: without a key, only this machine may call")
-    return None
-
-
-def _is_this_machine(address: str) -> bool:
-    try:
-        return is_loopback(urlsplit(address).hostname or "")
-    except ValueError:  # no address at all, such as "//["
-        return False
-
-
 def _when_sent(action: Callable[[], None]) -> None:
     """Run `action` once the answer to the current request has left."""
 
@@ -270,41 +244,19 @@ def _when_sent(action: Callable[[], None]) -> None:
 def _only_post() -> Response:
     # No warning: every client asks once for a stream with GET when it has connected, and goes on without one.
     log.info("mcp_rejected", status=405, reason=f"{request.method} is not POST")
-    return _json(_envelope(None, error={"code": types.INVALID_REQUEST, "message": "Use POST"}), 405, {"Allow": "POST"})
+    return json_answer(
+        envelope(None, error={"code": types.INVALID_REQUEST, "message": "Use POST"}), 405, {"Allow": "POST"}
+    )
 
 
 def _http_error(error: HTTPException) -> Response:
-    return _rejected(error.code or 400, types.INVALID_REQUEST, error.name)
+    return rejected(error.code or 400, types.INVALID_REQUEST, error.name)
 
 
 def _rejected_by(verdict: InboundLadderRejection, request_id: RequestId | None) -> Response:
     status = ERROR_CODE_HTTP_STATUS.get(verdict.code, 400)
-    return _rejected(status, verdict.code, verdict.message, request_id=request_id, data=verdict.data)
+    return rejected(status, verdict.code, verdict.message, request_id=request_id, data=verdict.data)
 
 
 def _failed(message: JSONRPCRequest, error: MCPError, status: int) -> Response:
-    return _rejected(status, error.code, error.message, request_id=message.id, data=error.data)
-
-
-def _rejected(
-    status: int, code: int, reason: str, *, request_id: RequestId | None = None, data: object = None
-) -> Response:
-    _log_rejection(status, reason)
-    error = {"code": code, "message": reason} | ({} if data is None else {"data": data})
-    return _json(_envelope(request_id, error=error), status)
-
-
-def _log_rejection(status: int, reason: str) -> None:
-    # Clients meet a 4xx by trying the old SSE transport and report that failure instead, so the log must tell.
-    version = request.headers.get(VERSION_HEADER)
-    write = log.warning if status >= 400 else log.info
-    write("mcp_rejected", status=status, reason=reason, version=version and tool.quoted(version))
-
-
-def _envelope(request_id: RequestId | None, **outcome: object) -> dict[str, object]:
-    return {"jsonrpc": "2.0", "id": request_id, **outcome}
-
-
-def _json(body: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    # Escaped to ASCII: an echoed id or method may hold a lone surrogate, which UTF-8 cannot carry.
-    return Response(json.dumps(body, separators=(",", ":")), status, headers, mimetype="application/json")
+    return rejected(status, error.code, error.message, request_id=message.id, data=error.data)

@@ -6,10 +6,9 @@ import logging
 import select
 from typing import Any
 
-from gunicorn.workers.gthread import ThreadWorker
-
 from pokestrator.bootstrap import Application
 from pokestrator.web.app import EXTENSION
+from pokestrator.web.gathering import GatheringWorker
 
 
 def application_of(worker: Any) -> Application | None:
@@ -23,8 +22,8 @@ def application_of(worker: Any) -> Application | None:
 CLOSE_SECONDS = 7
 
 
-class Worker(ThreadWorker):
-    """gthread, told apart by how it leaves.
+class Worker(GatheringWorker):
+    """Told apart by how it leaves.
 
     It stops claiming jobs at the signal, not after its HTTP connections have ended. It answers whoever has connected by
     then, and refuses whoever comes later: they are free to try another instance.
@@ -33,7 +32,7 @@ class Worker(ThreadWorker):
     def init_process(self) -> None:
         # This process's own copy: how long run() waits for open requests after SIGTERM.
         self.cfg.set("graceful_timeout", max(1, self.cfg.graceful_timeout - CLOSE_SECONDS))
-        super().init_process()  # type: ignore[no-untyped-call]
+        super().init_process()
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if application := application_of(self):
@@ -67,7 +66,7 @@ class Worker(ThreadWorker):
             waiting = select.poll()
             waiting.register(listener, select.POLLIN)
             while self.nr_conns < self.worker_connections and waiting.poll(0):
-                self.accept(listener)  # type: ignore[no-untyped-call]
+                self.accept(listener)
             listener.close()
 
 

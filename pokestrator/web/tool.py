@@ -7,14 +7,14 @@ fields to them, and nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mcp_types as types
 from werkzeug.datastructures import Headers
 
-from pokestrator.addresses import is_safe_url
-from pokestrator.errors import InvalidTask
+from pokestrator.addresses import may_be_called_back
+from pokestrator.errors import InvalidTask, TooManyTasks
 from pokestrator.intake import (
     MAX_KEY_CHARACTERS,
     MAX_METADATA_BYTES,
@@ -146,7 +146,7 @@ _UNITS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
 _MOST = {"second": 60, "minute": 60, "hour": 48}  # from here on the next unit is easier to read
 
 
-def read_call(arguments: Mapping[str, Any], headers: Headers) -> NewJob | Question:
+def read_call(arguments: Mapping[str, Any], headers: Headers, callback_hosts: Collection[str]) -> NewJob | Question:
     """What one call asks for, checked: a new job, or a question about an earlier one, to which neither the task nor the
     callback's headers matter. Raises InvalidTask naming the argument or the header, and what is wrong with it."""
     known = _INPUT_SCHEMA["properties"]
@@ -164,7 +164,7 @@ def read_call(arguments: Mapping[str, Any], headers: Headers) -> NewJob | Questi
         arguments["task_description"],
         "" if metadata is None else metadata,
         caller=caller,
-        callback=_callback(headers),
+        callback=_callback(headers, callback_hosts),
     )
 
 
@@ -243,6 +243,19 @@ def refused(reason: str) -> types.CallToolResult:
     return types.CallToolResult(content=[types.TextContent(text=reason)], is_error=True)
 
 
+def too_many(error: TooManyTasks) -> str:
+    """Which limit is used up, and when to try again; for the calling model and the person."""
+    if error.wait_seconds is None:
+        return (
+            f"Not accepted: {error.most} of this person's tasks are under way, and no more may be at once. Try again "
+            "when one of them has ended."
+        )
+    return (
+        f"Not accepted: at most {error.most} tasks a {error.limit} are taken from one person. Try again in "
+        f"{in_words(error.wait_seconds)}."
+    )
+
+
 def quoted(text: str) -> str:
     """A caller's own words, cut short and with everything but printable ASCII escaped, fit for an answer or a log."""
     return ascii(one_line(text, 60))
@@ -255,12 +268,17 @@ def _caller(headers: Headers) -> str | None:
     return caller or None
 
 
-def _callback(headers: Headers) -> CallbackTarget | None:
+def _callback(headers: Headers, hosts: Collection[str]) -> CallbackTarget | None:
     url, token = headers.get(CALLBACK_URL_HEADER, "").strip(), headers.get(CALLBACK_TOKEN_HEADER, "").strip()
     if not (url and token):
         return None
-    if not (_is_plain(url) and _is_safe_address(url)):
-        raise InvalidTask(CALLBACK_URL_HEADER, "must be an https:// address, or http:// on this machine")
+    if not (_is_plain(url) and may_be_called_back(url, hosts)):
+        allowed = ", ".join(hosts) or "none"
+        raise InvalidTask(
+            CALLBACK_URL_HEADER,
+            f"must be an https:// address at a host that is allowed here ({allowed}); its owner lists them in "
+            "POKESTRATOR_CALLBACK_HOSTS",
+        )
     if not _is_plain(token):
         raise InvalidTask(CALLBACK_TOKEN_HEADER, "must be printable ASCII without spaces")
     return CallbackTarget(url, token)
@@ -268,10 +286,3 @@ def _callback(headers: Headers) -> CallbackTarget | None:
 
 def _is_plain(value: str) -> bool:
     return value.isascii() and value.isprintable() and " " not in value
-
-
-def _is_safe_address(url: str) -> bool:
-    try:
-        return is_safe_url(url)
-    except ValueError:  # no address at all, such as "https://["
-        return False

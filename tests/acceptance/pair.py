@@ -25,9 +25,12 @@ from tests.acceptance.processes import eventually
 from tests.chaos.instance import Instance
 from tests.conftest import database_named
 from tests.integration.flow import callback_row, job_row, rows
+from tests.no_limits import NO_LIMITS
 
 KEY = "the-key-of-this-test"
-TASK = "Show me my Stripe payouts and balance"  # goes to a shipped template; what its run does stands in its metadata
+TASK = (
+    "Split 184.50 between 5 people with a tip"  # goes to a shipped template; what its run does stands in its metadata
+)
 DRAIN_SECONDS = 5
 READY_SECONDS = 30.0
 HANGS_ONCE: Mapping[str, Any] = {"hang": 80, "times": 1}  # the first run meets it, the second one the next step
@@ -82,12 +85,14 @@ def environment(inbox: Inbox, api: MessagesApi, data: Path, **more: str) -> dict
     """What an instance is started with."""
     return {
         **minimal_environment(),
+        **NO_LIMITS,
         "POKESTRATOR_API_KEY": KEY,
         "POKESTRATOR_DATA_DIR": str(data),
         "ANTHROPIC_API_KEY": "sk-for-the-scripted-api",
         "ANTHROPIC_BASE_URL": api.url,
         "POKE_API_KEY": "pk-for-the-inbox",
         "POKE_WEBHOOK_URL": inbox.message_url,
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
         "POKESTRATOR_CONCURRENCY": "2",
         "POKESTRATOR_DRAIN_SECONDS": str(DRAIN_SECONDS),
         **more,

@@ -52,13 +52,13 @@ def test_run_prints_the_result_on_stdout_and_progress_on_stderr(service_environm
 
 
 def test_run_reads_a_task_from_standard_input(service_environment: Environment) -> None:
-    done = pokestrator("run", "-", environment=service_environment, stdin="Show me my Stripe payouts\n")
+    done = pokestrator("run", "-", environment=service_environment, stdin="Split 184.50 between 5 people\n")
     assert done.returncode == 0, done.stderr
-    assert "Show me my Stripe payouts" in done.stdout
+    assert "Split 184.50 between 5 people" in done.stdout
 
 
 def test_a_failed_run_says_why_and_exits_1(service_environment: Environment) -> None:
-    task = 'Show me my Stripe payouts SCRIPT:[{"status": 401, "type": "authentication_error", "message": "no"}]'
+    task = 'Split 184.50 between 5 people SCRIPT:[{"status": 401, "type": "authentication_error", "message": "no"}]'
     done = pokestrator("run", task, environment=service_environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert "refused this service's key" in done.stderr
@@ -85,7 +85,7 @@ def test_what_is_not_accepted_names_the_fix(
 def hanging_run(environment: Environment, messages_api: MessagesApi) -> Iterator[subprocess.Popen[str]]:
     """`run` with a task whose agent hangs, once it does."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pokestrator", "run", 'Show me my Stripe payouts SCRIPT:[{"hang": 60}]'],
+        [sys.executable, "-m", "pokestrator", "run", 'Split 184.50 between 5 people SCRIPT:[{"hang": 60}]'],
         env=environment,
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -165,7 +165,7 @@ def test_a_run_whose_database_goes_away_ends(
 
 def test_run_says_that_claude_has_no_key_and_does_not_ask_for_pokes(service_environment: Environment) -> None:
     environment = {**service_environment, "ANTHROPIC_API_KEY": "", "POKE_API_KEY": ""}
-    done = pokestrator("run", "Show me my Stripe payouts", environment=environment)
+    done = pokestrator("run", "Split 184.50 between 5 people", environment=environment)
     assert "neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set" in done.stderr
     assert "POKE_API_KEY" not in done.stderr
 
@@ -219,7 +219,7 @@ def test_wsgi_runs_each_job_in_its_requests_own_thread(
         assert url.startswith(f"http://{host}:")
         assert eventually(lambda: answers(url), 10)
         key = {"Authorization": f"Bearer {service_environment['POKESTRATOR_API_KEY']}"}
-        call_orchestrate(url, {"task_description": "Show me my Stripe payouts"}, key)
+        call_orchestrate(url, {"task_description": "Split 184.50 between 5 people"}, key)
         assert len(inbox.wait_for(1, 30)) == 1
     finally:
         os.kill(process.pid, signal.SIGINT)

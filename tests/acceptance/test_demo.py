@@ -37,7 +37,7 @@ def test_demo_tells_the_whole_story_and_leaves_no_process() -> None:
     assert re.findall(r"routed +(\w+):", done.stdout) == ["template", "build_new", "match"]
     assert done.stdout.count("← callback after") == 3
     assert done.stdout.count("delivered callback: 200") == 3
-    assert "stripe_analyst (template)" in done.stdout
+    assert "number_cruncher (template)" in done.stdout
     built = re.search(r"built +(\w+):", done.stdout)
     assert built is not None
     assert f"match: {built[1]}" in done.stdout

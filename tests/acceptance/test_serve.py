@@ -54,7 +54,7 @@ def test_a_task_comes_in_over_mcp_and_its_result_reaches_pokes_message_api(
     with LocalService({**service_environment, "MCP_PATH": "/poke/door", "LOG_LEVEL": "DEBUG"}) as service:
         assert service.url.endswith("/poke/door")
         ack, _ = call_orchestrate(
-            service.url, {"task_description": "Show me my latest Stripe payouts"}, headers(service_environment)
+            service.url, {"task_description": "Split 184.50 between 5 people with a tip"}, headers(service_environment)
         )
         [received] = inbox.wait_for(1, 30)
         assert service.wait_for_log('"delivered": true', 5)
@@ -77,7 +77,7 @@ def test_stopping_leaves_no_process_and_no_connection(
     marker = "stop-leaves-nothing"
     service = LocalService({**service_environment, "LANG": marker})
     service.start()
-    call_orchestrate(service.url, {"task_description": "Show me my Stripe refunds"}, headers(service_environment))
+    call_orchestrate(service.url, {"task_description": "Split 184.50 between 5 people"}, headers(service_environment))
     inbox.wait_for(1, 30)
     assert len(living(marker)) >= 4  # master, worker, two slots
     assert service.stop() == 0
@@ -91,7 +91,7 @@ def test_ctrl_c_ends_everything_at_once_while_a_job_runs(
     marker = "ctrl-c-ends-all"
     service = LocalService({**service_environment, "LANG": marker})
     service.start()
-    task = 'Show me my Stripe refunds SCRIPT:[{"hang": 60}]'
+    task = 'Split 184.50 between 5 people SCRIPT:[{"hang": 60}]'
     call_orchestrate(service.url, {"task_description": task}, headers(service_environment))
     assert messages_api.wait_for_requests(1, 20)
     os.kill(service.pid, signal.SIGINT)
@@ -105,7 +105,7 @@ def test_a_killed_master_takes_worker_slots_and_agents_with_it(
     marker = "killed-master"
     service = LocalService({**service_environment, "LANG": marker, "POKESTRATOR_DRAIN_SECONDS": "1"})
     service.start()
-    task = 'Show me my Stripe refunds SCRIPT:[{"hang": 60}]'
+    task = 'Split 184.50 between 5 people SCRIPT:[{"hang": 60}]'
     call_orchestrate(service.url, {"task_description": task}, headers(service_environment))
     assert messages_api.wait_for_requests(1, 20)
     os.kill(service.pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_two_workers_share_the_work_and_one_that_dies_is_replaced(
         assert eventually(lambda: len(children(service.pid)) == 2 and first not in children(service.pid), 15)
         assert second in children(service.pid)
         for number in range(3):
-            task = {"task_description": f"Show me Stripe payouts number {number}"}
+            task = {"task_description": f"Split {number}.50 between 5 people"}
             call_orchestrate(service.url, task, headers(service_environment))
         assert len(inbox.wait_for(3, 40)) == 3
 
@@ -133,7 +133,9 @@ def test_a_missing_poke_key_is_said_at_start_and_results_wait(
 ) -> None:
     del service_environment["POKE_API_KEY"]
     with LocalService(service_environment) as service:
-        call_orchestrate(service.url, {"task_description": "Show me Stripe payouts"}, headers(service_environment))
+        call_orchestrate(
+            service.url, {"task_description": "Split 184.50 between 5 people"}, headers(service_environment)
+        )
         assert service.wait_for_log('"finished"', 30)
         assert "POKE_API_KEY is not set" in service.log
         assert '"callback"' not in service.log

@@ -51,9 +51,9 @@ def main() -> None:
         database.open()
         jobs = Jobs(database)
         calls: dict[str, Call] = {
-            "orchestrate": lambda session: orchestrate(session, url, "show me the stripe payouts"),
+            "orchestrate": lambda session: orchestrate(session, url, "split 184.50 between 5 people"),
             "healthz": lambda session: session.get(url.replace("/mcp", "/healthz"), timeout=30),
-            "commit": lambda _: jobs.insert(new_job("show me the stripe payouts")),
+            "commit": lambda _: jobs.insert(new_job("split 184.50 between 5 people")),
         }
         print(f"{'clients':>7}  {'call':<12} {'p50 ms':>8} {'p99 ms':>8}   times healthz (p50)")
         for clients in (1, 16):

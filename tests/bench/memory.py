@@ -36,7 +36,7 @@ def show(what: str, pid: int) -> None:
 def main() -> None:
     with running_service(POKESTRATOR_CONCURRENCY="1", LOG_LEVEL="WARNING") as stand, requests.Session() as session:
         # A first job warms everything up; the second is held while it is looked at.
-        orchestrate(session, stand.service.url, "How much revenue did we make on Stripe last week?")
+        orchestrate(session, stand.service.url, "Split 184.50 between 5 people with a 20% tip")
         stand.inbox.wait_for(1, 60)
         master = stand.service.pid
         [worker] = children(master)

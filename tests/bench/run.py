@@ -24,7 +24,7 @@ from pokestrator.store.pool import Database
 from tests.bench.stand import Stand, orchestrate, pause, running_service
 
 ROUNDS = 20
-TASK = "How much revenue did we make on Stripe last week?"
+TASK = "Split 184.50 between 5 people with a 20% tip"
 
 
 def bare_query(api: MessagesApi) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.environ import minimal_environment
 from pokestrator.store.embedded import EmbeddedPostgres
 from tests.acceptance.processes import eventually
+from tests.no_limits import NO_LIMITS
 
 KEY = "the-key-of-this-bench"
 
@@ -41,6 +43,7 @@ def running_service(**settings: str) -> Iterator[Stand]:
         postgres = EmbeddedPostgres(Path(folder))
         environment = {
             **minimal_environment(),
+            **NO_LIMITS,
             "DATABASE_URL": postgres.url,
             "POKESTRATOR_DATA_DIR": folder,
             "POKESTRATOR_API_KEY": KEY,
@@ -48,6 +51,7 @@ def running_service(**settings: str) -> Iterator[Stand]:
             "ANTHROPIC_BASE_URL": api.url,
             "POKE_API_KEY": "pk-for-the-inbox",
             "POKE_WEBHOOK_URL": inbox.message_url,
+            "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
             "POKESTRATOR_DRAIN_SECONDS": "0",
             **settings,
         }
@@ -74,6 +78,7 @@ def orchestrate(session: requests.Session, url: str, task: str) -> str:
         json={"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": arguments},
         headers={
             "Authorization": f"Bearer {KEY}",
+            "X-Poke-User-Id": str(uuid.uuid4()),  # a person who has sent little: what counts tasks reads few rows
             "Accept": "application/json, text/event-stream",
             "MCP-Protocol-Version": "2025-06-18",
         },

@@ -1,4 +1,5 @@
-"""The client's side: sends tasks at an even rate, to any instance, and writes down what became of every call.
+"""The client's side: sends tasks at an even rate, to any instance, and writes down what became of every call. It thinks
+better of some tasks, and cancels them.
 
 It does what a load balancer and a careful client do: a refused connection means the other instance, and a call without
 an answer is sent again with the same idempotency key until one comes.
@@ -17,11 +18,13 @@ from typing import Any
 
 import requests
 
-from tests.chaos.ledgers import Ack, Ledgers, Refusal
+from tests.chaos.ledgers import Ack, Cancel, Ledgers, Refusal
 
 CALL_SECONDS = 10.0
 AGAIN_SECONDS = 0.5  # between two tries of a call
 THREADS = 12
+CANCELLED = 0.06  # of all tasks
+CANCEL_TRIES = 40
 
 Step = Mapping[str, Any]
 
@@ -34,6 +37,7 @@ class Task:
     caller: str
     text: str
     callback: tuple[str, str] | None  # URL and token
+    cancel_after: float | None  # seconds, for one that is cancelled
 
     @property
     def headers(self) -> dict[str, str]:
@@ -53,12 +57,13 @@ def tasks(count: int, seed: int, callback: Callable[[str], str]) -> Iterator[Tas
             caller=str(uuid.UUID(int=chance.getrandbits(128), version=4)),
             text=text_of(number, _steps(number, chance)),
             callback=(callback(token), token) if number % 2 else None,
+            cancel_after=chance.uniform(0, 4) if chance.random() < CANCELLED else None,
         )
 
 
 def text_of(number: int, steps: Sequence[Step]) -> str:
     """A task for a shipped template. Its script is part of a link, whose words the routing does not weigh."""
-    text = f"Show me my Stripe payouts and balance, report {number}"
+    text = f"Split {number}.50 between 5 people with a tip"
     if not steps:
         return text
     script = json.dumps(steps, separators=(",", ":")).replace(" ", "\\u0020")
@@ -139,6 +144,8 @@ class Client:
                 outcome = call(urls[name], name, task, self._key)
                 if isinstance(outcome, Ack):
                     ledgers.acks.add(outcome)
+                    if task.cancel_after is not None and outcome.durable:
+                        self._cancel(task, task.cancel_after, outcome.request_id, ledgers)
                     return
                 if outcome.kind != "no connection":
                     ledgers.refusals.add(outcome)
@@ -151,10 +158,29 @@ class Client:
         with self._lock:
             self.unanswered.append(task)
 
+    def _cancel(self, task: Task, after: float, request_id: str, ledgers: Ledgers) -> None:
+        """Until it is answered, by whichever instance."""
+        self._stop.wait(after)
+        status = ""
+        for attempt in range(CANCEL_TRIES):
+            urls = self._urls()
+            status = cancel(urls[sorted(urls)[attempt % len(urls)]], task, request_id, self._key)
+            if status or self._stop.wait(AGAIN_SECONDS):
+                break
+        ledgers.cancels.add(Cancel(time.time(), request_id, status))
 
-def call(url: str, instance: str, task: Task, key: str) -> Ack | Refusal:
-    """One tools/call as Poke's client frames it, on a connection of its own."""
-    arguments = {"task_description": task.text, "metadata": {"idempotency_key": task.key}}
+
+def cancel(url: str, task: Task, request_id: str, key: str) -> str:
+    """How the task stands after it; "" without an answer."""
+    arguments = {"task_description": "", "metadata": {"action": "cancel", "request_id": request_id}}
+    try:
+        return str(_structured(_post(url, arguments, task, key)).get("status", ""))
+    except requests.RequestException:
+        return ""
+
+
+def _post(url: str, arguments: Mapping[str, Any], task: Task, key: str) -> requests.Response:
+    """One tools/call as Poke's client frames it, on a connection of its own. Raises requests' errors."""
     body = {
         "jsonrpc": "2.0",
         "id": 1,
@@ -167,13 +193,19 @@ def call(url: str, instance: str, task: Task, key: str) -> Ack | Refusal:
         "MCP-Protocol-Version": "2025-06-18",
         **task.headers,
     }
+    return requests.post(url, json=body, headers=headers, timeout=CALL_SECONDS)
+
+
+def call(url: str, instance: str, task: Task, key: str) -> Ack | Refusal:
+    """Hand over a task."""
+    arguments = {"task_description": task.text, "metadata": {"idempotency_key": task.key}}
     at, started = time.time(), time.monotonic()
 
     def seconds() -> float:
         return time.monotonic() - started
 
     try:
-        answer = requests.post(url, json=body, headers=headers, timeout=CALL_SECONDS)
+        answer = _post(url, arguments, task, key)
     except requests.ConnectTimeout as error:
         return Refusal(at, seconds(), task.key, instance, "no answer", _short(error))
     except requests.ConnectionError as error:

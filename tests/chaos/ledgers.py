@@ -65,6 +65,15 @@ class Refusal:
     text: str
 
 
+@dataclass(frozen=True)
+class Cancel:
+    """A task whose caller wanted it stopped; `status` is what the tool answered, "" when no answer came."""
+
+    at: float
+    request_id: str
+    status: str
+
+
 @dataclass
 class Fault:
     """Something that was broken on purpose, from `started` to `ended`; `whole` is when what was killed was back.
@@ -123,6 +132,7 @@ class Ledgers:
 
     acks: Ledger[Ack] = field(default_factory=Ledger)
     refusals: Ledger[Refusal] = field(default_factory=Ledger)
+    cancels: Ledger[Cancel] = field(default_factory=Ledger)
     faults: Ledger[Fault] = field(default_factory=Ledger)
     orphans: Ledger[Orphan] = field(default_factory=Ledger)
     missed: Ledger[str] = field(default_factory=Ledger)  # faults that found nothing to break

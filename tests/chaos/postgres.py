@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import psycopg
@@ -31,14 +32,31 @@ CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE sql STABLE AS
 ALTER DATABASE chaos SET search_path = public, pg_catalog;
 """
 
-# What no writer may do, however late it comes.
+# What no writer may do, however late it comes. Each instance has a role of its own, so that it is seen who writes: one
+# whose claim was lost, and who writes without its fence, does what an owner would do.
 GUARDS = """
 CREATE TABLE public.chaos_violations (
     at timestamptz NOT NULL DEFAULT clock_timestamp(), job_id uuid NOT NULL, what text NOT NULL);
+CREATE TABLE public.chaos_claims (
+    job_id uuid NOT NULL, claim_seq bigint NOT NULL, role name NOT NULL, PRIMARY KEY (job_id, claim_seq));
 CREATE FUNCTION public.chaos_guard_job() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE what text;
+    is_owner boolean := OLD.state <> 'running' OR EXISTS (
+        SELECT FROM public.chaos_claims
+        WHERE job_id = OLD.id AND claim_seq = OLD.claim_seq AND role = session_user);
 BEGIN
+    IF OLD.state = 'queued' AND NEW.state = 'running' THEN
+        INSERT INTO public.chaos_claims VALUES (NEW.id, NEW.claim_seq, session_user) ON CONFLICT DO NOTHING;
+    END IF;
     what := CASE
+        -- Others may end a run that was cancelled or interrupted too often, or queue one again as interrupted.
+        WHEN NOT is_owner AND NEW.state = 'succeeded' THEN 'a result by another than its owner'
+        WHEN NOT is_owner AND NEW.state = 'failed' AND NEW.error_kind <> 'interrupted'
+            THEN 'a failure by another than its owner'
+        WHEN NOT is_owner AND NEW.state = 'queued' AND NEW.interruptions = OLD.interruptions
+            THEN 'a release by another than its owner'
+        WHEN NOT is_owner AND NEW.state = 'running' AND (NEW.lease_until > OLD.lease_until OR NEW.runs <> OLD.runs
+            OR NEW.route IS DISTINCT FROM OLD.route) THEN 'its run was written to by another than its owner'
         WHEN OLD.finished_at IS NOT NULL AND NEW.state <> OLD.state THEN 'left ' || OLD.state || ' for ' || NEW.state
         WHEN OLD.finished_at IS NOT NULL AND NEW.result IS DISTINCT FROM OLD.result THEN 'the result of an end changed'
         WHEN OLD.finished_at IS NOT NULL AND NEW.claim_seq <> OLD.claim_seq THEN 'an ended job was claimed'
@@ -83,10 +101,12 @@ class Postgres:
             row = connection.execute("SHOW server_version").fetchone()
         self.version = str(row[0]) if row else ""
 
-    def url_through(self, port: int) -> str:
-        """The same database by TCP on a loopback port."""
+    def url_through(self, port: int, role: str) -> str:
+        """The same database by TCP on a loopback port, for a role that is made where there is none."""
+        with connected(self.url) as connection:
+            make_role(connection, role)
         own = urlsplit(self.url)
-        return urlunsplit(own._replace(netloc=f"postgres@127.0.0.1:{port}", query="sslmode=disable&gssencmode=disable"))
+        return urlunsplit(own._replace(netloc=f"{role}@127.0.0.1:{port}", query="sslmode=disable&gssencmode=disable"))
 
     @property
     def pid(self) -> int:
@@ -138,6 +158,13 @@ class Postgres:
 
     def leave(self) -> None:
         self._server.leave()
+
+
+def make_role(connection: psycopg.Connection[Any], role: str) -> None:
+    """A role that may do everything, with a name of its own in what the guards see."""
+    known = connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone()
+    if known is None:
+        connection.execute(f"CREATE ROLE {role} SUPERUSER LOGIN".encode())
 
 
 def _alive(pid: int) -> bool:

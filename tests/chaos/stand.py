@@ -19,6 +19,7 @@ from tests.chaos.instance import Instance, Reaper, command
 from tests.chaos.ledgers import Ledgers
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import Proxy
+from tests.no_limits import NO_LIMITS
 
 KEY = "the-key-of-this-chaos"
 INSTANCES = ("A", "B")
@@ -86,7 +87,8 @@ def standing() -> Iterator[Stand]:
         for name in INSTANCES:
             environment = {
                 **minimal_environment(),
-                "DATABASE_URL": postgres.url_through(lines[name].port),
+                **NO_LIMITS,
+                "DATABASE_URL": postgres.url_through(lines[name].port, f"instance_{name.lower()}"),
                 "TMPDIR": str(temporary),  # what the killed leave lying about goes with it
                 "POKESTRATOR_API_KEY": KEY,
                 "POKESTRATOR_DATA_DIR": str(folder / "data"),
@@ -94,6 +96,7 @@ def standing() -> Iterator[Stand]:
                 "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{api_line.port}",
                 "POKE_API_KEY": "pk-for-the-inbox",
                 "POKE_WEBHOOK_URL": _through(inbox_line, inbox.message_url),
+                "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
                 "POKESTRATOR_CONCURRENCY": "2",
                 "POKESTRATOR_DAILY_BUDGET_USD": "100000",  # what dead runs had reserved counts as spent
                 "POKESTRATOR_CALLER_DAILY_BUDGET_USD": "100000",

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pokestrator.demo.inbox import Received
-from pokestrator.jobs import RAN_AGAIN
+from pokestrator.jobs import RAN_AGAIN, TOO_LATE
 from tests.chaos.ledgers import Ack, Fault, Interval, Ledgers, Orphan, Refusal, calm_spans, clock, overlap
 
 ORPHAN_SECONDS = 30.0
 LOCAL_ORPHAN_SECONDS = 6.0  # where the owner died on this machine
+ANSWER_SECONDS = 5.0  # 2 are promised; the rest is a busy machine's
+HEALED_SECONDS = 10.0  # after a fault, until everything goes on
+FROM_MEMORY_SECONDS = 90.0  # that a result from memory is tried to be sent, about
+# Who called that instance then may have got no answer; its memory is gone, or stood still.
+ENDS_OF_WORKERS = frozenset({"kill_worker", "kill_master", "freeze_worker", "rolling_restart"})
 SENT_TO_RECORDED_SECONDS = 5.0  # a fault within so much of a delivery can have hidden that it was one
 
 Row = Mapping[str, Any]
@@ -51,9 +56,12 @@ def judge(ledgers: Ledgers, posts: Sequence[Received], found: Found, unanswered:
     _judge_duplicates(verdict, posts, jobs_of_keys, list(ledgers.faults))
     _judge_writes(verdict, found)
     _judge_second_runs(verdict, found)
+    _judge_cancels(verdict, ledgers, found)
     _judge_orphans(verdict, ledgers, whole)
     _measure_recoveries(verdict, ledgers, found)
     _judge_accepts(verdict, ledgers)
+    _judge_calm_accepts(verdict, ledgers)
+    _judge_memory(verdict, ledgers, delivered, whole)
     _count_faults(verdict, ledgers)
     return verdict
 
@@ -138,6 +146,25 @@ def _judge_second_runs(verdict: Verdict, found: Found) -> None:
     verdict.must_be_none("results of second runs that do not say so", silent, silent)
 
 
+def _judge_cancels(verdict: Verdict, ledgers: Ledgers, found: Found) -> None:
+    """Who was told that a task is being cancelled is told that it was, or that it had been done before."""
+    jobs = {str(row["id"]): row for row in found.jobs}
+    tally = Counter(each.status or "no answer" for each in ledgers.cancels)
+    verdict.rows.append(("cancels", ", ".join(f"{status} {n}" for status, n in tally.most_common()) or "none"))
+    ignored = []
+    for each in ledgers.cancels:
+        row = jobs.get(each.request_id)
+        if row is None or each.status not in ("cancelled", "cancelling") or row["state"] == "cancelled":
+            continue
+        in_time = each.status == "cancelling" and row["state"] == "succeeded" and row["result"].startswith(TOO_LATE)
+        if not in_time:
+            ignored.append(each.request_id)
+    verdict.must_be_none("tasks that went on though they were cancelled", ignored, ignored)
+    asked = {each.request_id for each in ledgers.cancels}
+    unasked = sorted(job for job, row in jobs.items() if row["state"] == "cancelled" and job not in asked)
+    verdict.must_be_none("tasks cancelled though nobody asked", unasked, unasked)
+
+
 # time --------------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +191,8 @@ def _judge_orphans(verdict: Verdict, ledgers: Ledgers, whole: Interval) -> None:
         ("longest orphan after a death on this machine", f"{max(local, default=0.0):.1f} s, {late} above 6 s"),
     ]
     verdict.blamed |= {each.job_id for seconds, each in measured if seconds > LOCAL_ORPHAN_SECONDS}
+    if late:
+        verdict.failures.append(f"orphans above 6 s after a death on this machine: {late}")
     over = [(seconds, orphan) for seconds, orphan in measured if seconds > ORPHAN_SECONDS]
     if over:
         lines = [
@@ -211,6 +240,8 @@ def _judge_accepts(verdict: Verdict, ledgers: Ledgers) -> None:
         text = f"{middle:.3f} s / {slow:.2f} s / {answered[-1]:.2f} s"
         verdict.rows.append(("answers to accepts under faults (not by a frozen worker), p50 / p99 / max", text))
         verdict.rows.append(("of which later than 2 s", str(sum(seconds > 2 for seconds in answered))))
+        late = [f"{seconds:.1f} s" for seconds in answered if seconds > ANSWER_SECONDS]
+        verdict.must_be_none(f"of which later than {ANSWER_SECONDS:.0f} s", late)
     tries = Counter(refusal.kind for refusal in ledgers.refusals)
     text = ", ".join(f"{kind} {n}" for kind, n in tries.most_common()) or "none"
     verdict.rows.append(("tries that were not accepted (sent again)", text))
@@ -224,6 +255,41 @@ def _judge_accepts(verdict: Verdict, ledgers: Ledgers) -> None:
         if fault.started <= refusal.at <= fault.whole
     ]
     verdict.must_be_none("failed accepts during rolling restarts", failed)
+
+
+def _judge_calm_accepts(verdict: Verdict, ledgers: Ledgers) -> None:
+    """What may be refused, or be left without an answer, while something is broken, may not be otherwise."""
+
+    def ended(entry: Refusal) -> bool:
+        times = entry.at - 1, entry.at + entry.seconds + 1
+        return any(_ends(fault, entry.instance) and overlap(fault.interval, times) for fault in ledgers.faults)
+
+    def broken(entry: Ack | Refusal) -> bool:
+        times = entry.at - HEALED_SECONDS, entry.at + entry.seconds
+        return any(fault.touches(entry.instance) and overlap(fault.interval, times) for fault in ledgers.faults)
+
+    silent = ledgers.refusals.where(lambda refusal: refusal.kind == "no answer" and not ended(refusal))
+    lines = [f"{each.key} at {clock(each.at)} by {each.instance}: {each.text}" for each in silent]
+    verdict.must_be_none("calls that a living instance did not answer", lines)
+    refused = ledgers.refusals.where(lambda refusal: refusal.kind == "refused" and not broken(refusal))
+    from_memory = ledgers.acks.where(lambda ack: not ack.durable and not broken(ack))
+    lines = [f"{each.key} at {clock(each.at)} by {each.instance}" for each in [*refused, *from_memory]]
+    verdict.must_be_none(f"tasks not stored though nothing was broken for {HEALED_SECONDS:.0f} s", lines)
+
+
+def _judge_memory(verdict: Verdict, ledgers: Ledgers, delivered: set[str], whole: Interval) -> None:
+    def may_be_lost(ack: Ack) -> bool:
+        left = ack.at, ack.at + FROM_MEMORY_SECONDS
+        ended = any(_ends(fault, ack.instance) and overlap(fault.interval, left) for fault in ledgers.faults)
+        return ended or left[1] > whole[1]
+
+    lost = ledgers.acks.where(lambda ack: not ack.durable and ack.request_id not in delivered and not may_be_lost(ack))
+    lines = [f"{each.request_id} at {clock(each.at)} by {each.instance}" for each in lost]
+    verdict.must_be_none("results from memory that an instance has lost which went on", lines)
+
+
+def _ends(fault: Fault, instance: str) -> bool:
+    return fault.name in ENDS_OF_WORKERS and fault.instance == instance
 
 
 def _count_faults(verdict: Verdict, ledgers: Ledgers) -> None:

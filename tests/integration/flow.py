@@ -32,10 +32,12 @@ from pokestrator.jobs import CallbackTarget, Channel, NewJob, Outcome
 from pokestrator.runs import RunRequest, RunResult
 from pokestrator.settings import Settings
 from pokestrator.subagents import Draft, Template
+from tests.no_limits import NO_LIMITS
 
 DATA = tempfile.TemporaryDirectory(prefix="pokestrator-tests-data-")  # removed when the interpreter ends
 KEY = "sk-ant-scripted-0123456789"
 POKE_KEY = "poke-scripted-0123456789"
+HERE = ("127.0.0.1",)  # whose callbacks are allowed
 TOKEN = "callback-token-1"
 
 # One template, and a task that is one of its examples word for word.
@@ -57,11 +59,13 @@ def settings_for(api: MessagesApi, inbox: Inbox, **more: str) -> Settings:
     """The settings of an instance whose Claude and whose Poke are ours."""
     values = {
         "PATH": os.environ["PATH"],
+        **NO_LIMITS,
         "POKESTRATOR_DATA_DIR": DATA.name,
         "ANTHROPIC_API_KEY": KEY,
         "ANTHROPIC_BASE_URL": api.url,
         "POKE_API_KEY": POKE_KEY,
         "POKE_WEBHOOK_URL": inbox.message_url,
+        "POKESTRATOR_CALLBACK_HOSTS": "127.0.0.1",
         "POKESTRATOR_CONCURRENCY": "2",
         "POKESTRATOR_AGENT_TIMEOUT": "30",
         "POKESTRATOR_DRAIN_SECONDS": "0",

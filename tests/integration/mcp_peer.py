@@ -26,6 +26,7 @@ from pokestrator.errors import InvalidTask, TryAgainLater
 from pokestrator.intake import Question
 from pokestrator.jobs import Acknowledgement, JobState, JobStatus, NewJob
 from pokestrator.web import tool
+from pokestrator.web.guard import Guard
 from pokestrator.web.mcp import mcp_blueprint
 
 LEGACY = "2025-06-18"
@@ -103,12 +104,22 @@ class Answer:
         return json.loads(self.body)
 
 
+CALLBACK_HOSTS = ("poke.example", "127.0.0.1")
+
+
 @contextmanager
 def our_server(service: FakeService, api_key: str | None = None) -> Iterator[str]:
     """Our blueprint in a Flask application behind a threaded HTTP server; gives the endpoint's URL."""
     app = flask.Flask(__name__)
     app.register_blueprint(
-        mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=api_key, after_ack=service.after_ack)
+        mcp_blueprint(
+            service.accept,
+            service.ask,
+            path="/mcp",
+            guard=Guard(api_key),
+            callback_hosts=CALLBACK_HOSTS,
+            after_ack=service.after_ack,
+        )
     )
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -147,7 +158,7 @@ def _sdk_tool_server(service: FakeService) -> Server[Any]:
         if params.name != tool.TOOL.name:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {params.name!r}")
         try:
-            called = tool.read_call(params.arguments or {}, Headers())
+            called = tool.read_call(params.arguments or {}, Headers(), ())
             if isinstance(called, Question):
                 return tool.answered(called.action, service.ask(called))
             return tool.accepted(service.accept(called))

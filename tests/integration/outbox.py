@@ -11,18 +11,18 @@ from pokestrator.delivery import Delivery
 from pokestrator.demo.inbox import Inbox
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackTarget, JobState, Outcome
-from pokestrator.poke import Poke
+from pokestrator.poke.api import Poke
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.integration.flow import POKE_KEY, TOKEN, callback_row, eventually, rows
+from tests.integration.flow import HERE, POKE_KEY, TOKEN, callback_row, eventually, rows
 
 
 @contextmanager
 def delivering(
     database: Database, inbox: Inbox, *, key: str | None = POKE_KEY, dry_run: bool = False
 ) -> Iterator[Delivery]:
-    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, key, dry_run=dry_run))
+    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, key, dry_run=dry_run, callback_hosts=HERE))
     delivery.start()
     try:
         yield delivery

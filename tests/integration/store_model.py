@@ -93,7 +93,7 @@ class Model:
             if job.idempotency is not None
             and job.idempotency.key == wanted.key
             and job.age_seconds < wanted.seconds
-            and not (job.is_ended and wanted.while_unfinished)
+            and not ((job.is_ended or job.cancel_requested) and wanted.while_unfinished)
         )
 
     def latest(self, caller: str) -> ModelJob | None:

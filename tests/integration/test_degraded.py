@@ -309,3 +309,47 @@ def test_a_commit_that_cannot_be_settled_is_refused(
         application.accept(task(POET_TASK, {"text": "Never."}))
     assert inbox.received == []
     assert len(api.requests) == seen
+
+
+def test_a_call_that_comes_again_while_it_may_be_stored_is_not_run_from_memory(
+    application: Application, network: Forwarder, inbox: Inbox, api: MessagesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come_up(application, network)
+    seen = len(api.requests)
+    call, again, another = (new_job(POET_TASK, {"idempotency_key": key}) for key in ("one", "one", "two"))
+    insert = application.jobs.insert
+
+    def lost(job: Any, *_: Any) -> None:
+        raise StoreUnavailable("the connection was lost", maybe_committed=job is call)
+
+    monkeypatch.setattr(application.jobs, "insert", lost)
+    for sent in (call, again):
+        with pytest.raises(TryAgainLater, match="may run or may not"):
+            application.accept(sent)
+    assert application.accept(another).durable is False  # of this one it is known that it is not stored
+    assert len(inbox.wait_for(1, 25)) == 1
+    assert len(api.requests) == seen + 1
+    monkeypatch.setattr(application.jobs, "insert", insert)
+    assert application.accept(again).durable
+
+
+def test_a_slow_database_that_has_failed_once_is_used_again(
+    application: Application, network: Forwarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come_up(application, network)
+    insert, tries = application.jobs.insert, []
+
+    def slow(job: NewJob, within: float) -> Any:
+        tries.append(within)
+        if len(tries) == 1 or within < service_module.ACCEPT_SECONDS:
+            raise StoreUnavailable(f"PostgreSQL did not answer within {within:g} s")
+        return insert(job, within)
+
+    monkeypatch.setattr(application.jobs, "insert", slow)
+    monkeypatch.setattr(application.dispatcher, "submit_from_memory", lambda _: True)
+
+    def is_stored() -> bool:
+        time.sleep(0.2)  # others come more often than impatience lasts
+        return application.accept(task()).durable
+
+    assert eventually(is_stored, 15), tries

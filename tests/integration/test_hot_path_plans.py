@@ -15,7 +15,8 @@ import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from pokestrator.intake import Action, Question, new_job
+from pokestrator.errors import TooManyTasks
+from pokestrator.intake import Action, Question, TaskLimits, new_job
 from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, Outcome, Route
 from pokestrator.runs import Usage
 from pokestrator.store.budgets import Budgets
@@ -30,6 +31,7 @@ from tests.conftest import database_named
 
 MOST_ROWS = 500  # that a statement may read at one place: all that is queued, running or waits, or is removed at once
 DAYS = 30
+LIMITS = TaskLimits(per_minute=20, per_day=MOST_ROWS, unfinished=50)
 # psycopg prepares what it has sent five times, and PostgreSQL may plan what it has planned five times for all values.
 TIMES = 7
 TABLES = ("jobs", "callbacks", "job_events", "spending")
@@ -48,7 +50,7 @@ END $$;
 
 INSERT INTO jobs (id, task, metadata, caller, channel, state, result, idempotency_key, claim_seq, runs,
     created_at, run_at, started_at, finished_at)
-SELECT {ID}, 'Task ' || n, '{{}}', CASE WHEN n % 3 > 0 THEN 'u-' || n % 5000 END, 'api_message', 'succeeded', 'Done.',
+SELECT {ID}, 'Task ' || n, '{{}}', CASE WHEN n % 60 > 0 THEN 'u-' || n % 5000 END, 'api_message', 'succeeded', 'Done.',
     CASE WHEN n % 3 > 0 THEN md5(n::text) END, 1, 1, at, at, at, at
 FROM generate_series(1, 1000000) AS n, LATERAL (SELECT now() - n * interval '5 seconds' AS at) AS times;
 INSERT INTO callbacks (id, job_id, content, channel, state, attempts, created_at, next_attempt_at, ended_at)
@@ -72,6 +74,8 @@ SELECT {ID}, 'Task ' || n, '{{}}', 'u-' || n % 5000, 'api_message', n % 20 = 0, 
 FROM generate_series(1000301, 1000340) AS n;
 INSERT INTO spending (day, caller, usd)
 SELECT current_date - n / 400, 'u-' || n, 0.5 FROM generate_series(1, 12800) AS n;
+INSERT INTO jobs (id, task, metadata, caller, channel)
+SELECT {ID}, 'Task ' || n, '{{}}', 'u-busy', 'api_message' FROM generate_series(1000341, 1000390) AS n;
 INSERT INTO job_events (job_id, kind, text)
 SELECT {ID}, 'accepted', 'waiting to run' FROM generate_series(1000001, 1000340) AS n;
 
@@ -174,7 +178,7 @@ def faults(plans: Sequence[tuple[str, Mapping[str, Any]]], most_rows: float = MO
 
 class Stores:
     def __init__(self, source: Any, held: list[Job]) -> None:
-        self.jobs, self.history = Jobs(source), History(source)
+        self.jobs, self.history = Jobs(source, limits=LIMITS), History(source)
         self.recovery, self.callbacks = Recovery(source), Callbacks(source)
         self.budgets = Budgets(source, 20.0, 10.0)
         self.held, self.job = held, held[0]
@@ -206,6 +210,12 @@ def insert_twice(stores: Stores, metadata: object, **more: Any) -> None:
         stores.jobs.insert(new_job("A new task", metadata, **more))
 
 
+def refuse(stores: Stores) -> None:
+    """A call of somebody who has as many tasks under way as may be."""
+    with pytest.raises(TooManyTasks):
+        stores.jobs.insert(new_job("A new task", caller="u-busy"))
+
+
 def repeat_ended(stores: Stores) -> None:
     """A call with its own key, whose job has ended and whose callback waits."""
     job = new_job("A new task", OWN_KEY, caller="u-1")
@@ -222,10 +232,12 @@ def send(stores: Stores, end: Callable[[Callbacks, Any], None]) -> None:
 
 
 CALLS: dict[str, Callable[[Stores], object]] = {
+    "accept with an own key": lambda its: insert_twice(its, OWN_KEY, caller="u-2", callback=AT),
     "accept": lambda its: insert_twice(its, ""),
-    "accept with an own key": lambda its: insert_twice(its, OWN_KEY, callback=AT),
+    "accept of a new caller": lambda its: insert_twice(its, "", caller="u-new"),
     "accept of a named caller": lambda its: insert_twice(its, "", caller="u-1"),
     "accept of what has ended": repeat_ended,
+    "refusal": refuse,
     "insert claimed": lambda its: its.jobs.insert_claimed(new_job("A task", channel=Channel.NONE), "me", 20),
     "claim": lambda its: its.jobs.claim("me", 20, 4),
     "claim nothing": lambda its: its.jobs.claim("me", 20, 0),

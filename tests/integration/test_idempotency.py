@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from pokestrator.intake import new_job
+from pokestrator.intake import Action, Question, new_job
 from pokestrator.jobs import CallbackTarget, Job, JobState, NewJob, Outcome
+from pokestrator.store.accepting import LOCK
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.history import History
-from pokestrator.store.jobs import LOCK_KEY, Jobs
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from tests.integration.flow import callback_row, job_row, rows
 
@@ -93,7 +94,7 @@ def test_a_repetition_that_waits_for_the_first_to_commit_finds_it(jobs: Jobs, da
     key = first.idempotency.key
     insert = "INSERT INTO jobs (id, task, metadata, channel, idempotency_key) VALUES (%s, 'Slow', '{}', 'none', %s)"
     with psycopg.connect(database_url) as slow, ThreadPoolExecutor(1) as other:
-        slow.execute(LOCK_KEY.encode(), [key])
+        slow.execute(LOCK.encode(), [[key]])
         told = other.submit(jobs.insert, second)
         with pytest.raises(TimeoutError):
             told.result(0.3)
@@ -113,6 +114,15 @@ def test_the_same_words_of_a_named_caller_are_repeated_until_their_job_ends(jobs
     assert claimed is not None
     assert is_repeated(jobs, first, call())  # while it runs
     jobs.finish(claimed, DONE)
+    assert not is_repeated(jobs, first, call())
+
+
+def test_the_same_words_while_their_job_is_being_cancelled_are_a_new_task(jobs: Jobs, history: History) -> None:
+    first = call()
+    jobs.insert(first)
+    assert jobs.claim_one(first.id, "me", 20) is not None
+    status = history.answer(Question(Action.CANCEL, first.id, CALLER))
+    assert status is not None and status.cancel_requested  # its run has yet to end
     assert not is_repeated(jobs, first, call())
 
 

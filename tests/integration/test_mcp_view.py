@@ -13,7 +13,8 @@ import structlog
 
 from pokestrator.errors import TryAgainLater
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.web import mcp, tool
+from pokestrator.web import answers, mcp, tool
+from pokestrator.web.guard import Guard
 from tests.integration.mcp_peer import (
     JSON_HEADERS,
     LEGACY,
@@ -57,7 +58,8 @@ def keyed_url(service: FakeService) -> Iterator[str]:
 def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What the endpoint logs, however earlier tests have configured the logs."""
     with structlog.testing.capture_logs() as captured:
-        monkeypatch.setattr(mcp, "log", structlog.get_logger())
+        for module in (mcp, answers):
+            monkeypatch.setattr(module, "log", structlog.get_logger())
         yield captured
 
 
@@ -248,7 +250,7 @@ def test_initialize_offers_the_latest_handshake_version_for_an_unknown_one(url: 
     assert ask(url, rpc("initialize", params)).json["result"]["protocolVersion"] == "2025-11-25"
 
 
-def test_exactly_one_tool_is_listed(url: str) -> None:
+def test_exactly_one_tool_matches(url: str) -> None:
     [listed] = ask(url, rpc("tools/list"), version_header()).json["result"]["tools"]
     assert listed["name"] == "orchestrate"
     assert listed["inputSchema"]["required"] == ["task_description"]
@@ -466,9 +468,9 @@ def test_nothing_is_accepted_without_the_key(keyed_url: str, service: FakeServic
     assert service.jobs == []
 
 
-def test_a_blank_key_is_refused_when_the_endpoint_is_built(service: FakeService) -> None:
+def test_a_blank_key_is_refused_when_the_guard_is_made() -> None:
     with pytest.raises(ValueError, match="blank"):
-        mcp.mcp_blueprint(service.accept, service.ask, path="/mcp", api_key=" ")
+        Guard(" ")
 
 
 def test_tool_texts_warn_of_secrets_and_of_calling_twice() -> None:

@@ -11,12 +11,12 @@ from pokestrator import delivery as delivery_module
 from pokestrator.delivery import Delivery
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import Channel
-from pokestrator.poke import Poke
+from pokestrator.poke.api import Poke
 from pokestrator.store.callbacks import Callbacks
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.integration.flow import POKE_KEY, TOKEN, callback_row, contents, eventually
+from tests.integration.flow import HERE, POKE_KEY, TOKEN, callback_row, contents, eventually
 from tests.integration.outbox import change, delivering, failed_once, finished, make_due, reaches, wait_left
 
 FAR = 1_000.0  # seconds: a sender that polls this seldom acts only when it is woken
@@ -68,7 +68,7 @@ def test_a_result_that_nobody_woke_delivery_for_is_found_by_the_poll(
 def test_deliver_posts_one_jobs_callback_in_the_callers_thread(
     jobs: Jobs, database: Database, database_url: str, inbox: Inbox
 ) -> None:
-    never_started = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    never_started = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     other, wanted = finished(jobs, "Other."), finished(jobs, "Wanted.")
     never_started.deliver(wanted)
     assert contents(inbox.received) == ["Wanted."]

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from pokestrator import delivery as delivery_module
-from pokestrator import poke as poke_module
 from pokestrator.delivery import PER_HOST, PER_RECEIVER, SENDERS, Delivery
 from pokestrator.demo.inbox import Inbox
 from pokestrator.errors import StoreUnavailable
 from pokestrator.intake import new_job
 from pokestrator.jobs import CallbackTarget
-from pokestrator.poke import Poke
+from pokestrator.poke import api as poke_module
+from pokestrator.poke.api import Poke
 from pokestrator.store.callbacks import Callback, Callbacks
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from tests.integration.flow import POKE_KEY, TOKEN, callback_row, captured_logs, contents, eventually, rows
+from tests.integration.flow import HERE, POKE_KEY, TOKEN, callback_row, captured_logs, contents, eventually, rows
 from tests.integration.outbox import change, delivering, failed_once, finished, make_due, reaches
 
 FAR = 1_000.0  # seconds: what polls this seldom acts only when it is woken
@@ -153,7 +153,7 @@ def test_a_post_that_takes_too_long_is_broken_off_while_the_database_hangs(
     monkeypatch.setattr(poke_module, "POST_SECONDS", 0.5)
     monkeypatch.setattr(delivery_module, "POLL_SECONDS", 0.1)
     job_id, outbox = finished(jobs, inbox=slow), Hanging(database, claims=True)
-    delivery = Delivery(outbox, Poke(slow.message_url, POKE_KEY, dry_run=False))
+    delivery = Delivery(outbox, Poke(slow.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     delivery.start()
     try:
         assert eventually(failed_once(database_url, job_id))
@@ -169,7 +169,7 @@ def test_what_waits_to_be_recorded_is_not_sent_again_by_its_own_process_when_its
 ) -> None:
     monkeypatch.setattr(delivery_module, "POLL_SECONDS", 0.1)
     job_id, outbox = finished(jobs), Hanging(database, records=True)
-    delivery = Delivery(outbox, Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery = Delivery(outbox, Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     delivery.start()
     try:
         assert eventually(lambda: outbox.failures > 0)
@@ -206,7 +206,7 @@ def test_leaving_waits_for_a_receiver_that_answers_soon(
 ) -> None:
     inbox.answer_with([{"delay": 1}])
     job_id = finished(jobs)
-    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     delivery.start()
     assert inbox.wait_for(1, 10)
     delivery.close()
@@ -217,7 +217,7 @@ def test_leaving_breaks_a_slow_receiver_off_and_another_instance_sends_it_again(
     jobs: Jobs, database: Database, database_url: str, inbox: Inbox, slow: Inbox
 ) -> None:
     job_id = finished(jobs, "Once more.")
-    leaving = Delivery(Callbacks(database), Poke(slow.message_url, POKE_KEY, dry_run=False))
+    leaving = Delivery(Callbacks(database), Poke(slow.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     leaving.start()
     assert slow.wait_for(1, 10)
     started = time.monotonic()
@@ -252,7 +252,7 @@ def test_what_could_not_be_sent_any_more_is_left_to_others_as_if_never_claimed(
     jobs: Jobs, database: Database, database_url: str, inbox: Inbox
 ) -> None:
     job_id = finished(jobs)
-    poke = Poke(inbox.message_url, POKE_KEY, dry_run=False)
+    poke = Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE)
     poke.close()
     Delivery(Callbacks(database), poke).deliver(job_id)
     row = callback_row(database_url, job_id)
@@ -268,7 +268,7 @@ def test_the_time_to_leave_is_what_the_first_stop_said(
 ) -> None:
     inbox.answer_with([{"delay": 1.5}])
     job_id = finished(jobs)
-    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False))
+    delivery = Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE))
     delivery.start()
     assert inbox.wait_for(1, 10)
     delivery.stop(10)
@@ -278,7 +278,7 @@ def test_the_time_to_leave_is_what_the_first_stop_said(
 
 def test_a_delivery_that_was_never_started_can_be_closed(database: Database, inbox: Inbox) -> None:
     started = time.monotonic()
-    Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False)).close()
+    Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE)).close()
     assert time.monotonic() - started < 1
 
 

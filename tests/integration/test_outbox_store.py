@@ -10,7 +10,7 @@ from psycopg.rows import dict_row
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import CallbackState, Channel
-from pokestrator.poke import POST_SECONDS
+from pokestrator.poke.api import POST_SECONDS
 from pokestrator.store.callbacks import CLAIM_DUE, HOLD_SECONDS, HOST_IN_URL, Callback, Callbacks, host_of
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs

@@ -11,8 +11,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from pokestrator.errors import LeaseLost
+from pokestrator.intake import new_job
 from pokestrator.jobs import Route
 from pokestrator.routing import Decision, decide
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.subagents import Candidate, Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Author, Origin, Template
@@ -114,6 +117,16 @@ def test_two_threads_that_build_one_name_at_once_end_with_one_subagent_that_know
     assert [subagent.name for subagent in subagents.all()] == ["scarf_coder"]
     assert set(tasks) <= examples_of(database_url, "scarf_coder")
     assert authors_of(database_url, "scarf_coder") == ["drafter"]
+
+
+def test_an_owner_that_has_lost_its_job_stores_no_draft_any_more(jobs: Jobs, subagents: Subagents) -> None:
+    job = jobs.insert_claimed(new_job(UNFITTING_TASK), "ann:1", 20)
+    jobs.release([job])
+    [again] = jobs.claim("ben:2", 20, 1)
+    with pytest.raises(LeaseLost):
+        subagents.build(draft("late_coder"), UNFITTING_TASK, since=LONG_AGO, claim=job)
+    assert subagents.all() == []
+    assert subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO, claim=again).name == "scarf_coder"
 
 
 def test_a_name_that_an_older_subagent_has_is_numbered(subagents: Subagents, database_url: str) -> None:

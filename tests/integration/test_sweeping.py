@@ -7,10 +7,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from pokestrator import sweeping
-from pokestrator.errors import LeaseLost
+from pokestrator.errors import LeaseLost, StoreUnavailable
 from pokestrator.intake import Action, Question, new_job
 from pokestrator.jobs import RAN_AGAIN, Channel, Job, JobState, Outcome
 from pokestrator.liveness import Liveness
@@ -185,6 +186,17 @@ def test_also_when_it_jumped_while_the_database_was_away(
     settled.sweeper.database_back(8, [])
     assert world.seconds_until("queued", orphan, settled, other) <= PROMISED
     assert was_left_alone(world, others)
+
+
+def test_also_when_the_database_fails_just_when_the_jump_is_seen(world: World, settled: Instance) -> None:
+    orphan = claimed(world)
+    world.live(5, settled)
+    with psycopg.connect(world.url) as another:  # whose process stands still, and then goes
+        another.execute("SELECT id FROM jobs FOR UPDATE")
+        world.jump(-600)
+        with pytest.raises(StoreUnavailable):
+            world.live(6, settled)
+    assert world.seconds_until("queued", orphan, settled) <= PROMISED
 
 
 def test_a_job_queued_before_the_clock_went_back_does_not_wait_behind_all_that_come_later(

@@ -18,7 +18,7 @@ PAGE = "<html><body>The tide is out at noon.</body></html>"
 
 
 class TlsHost:
-    """Serves PAGE under `name`. `ca_file` is what trusts it, `asked` what came."""
+    """Serves PAGE under `name`. `ca_file` is what trusts it, `asked` what came: a path, or a POST's Host and body."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -28,6 +28,12 @@ class TlsHost:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                asked.append(f"{self.headers['host']} {self.rfile.read(int(self.headers['content-length'])).decode()}")
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
 
             def do_GET(self) -> None:
                 asked.append(self.path)

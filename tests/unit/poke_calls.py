@@ -10,8 +10,10 @@ from contextlib import contextmanager, suppress
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.poke import Message, Poke, Receipt
+from pokestrator.poke.api import Message, Poke
+from pokestrator.poke.post import Receipt
 
+HERE = ("127.0.0.1",)  # whose callbacks are allowed
 KEY = "poke-api-key-of-the-owner"
 TOKEN = "token-of-the-callback"
 REQUEST_ID = uuid.uuid4()
@@ -19,11 +21,13 @@ CONTENT = "Zählung: 🐑 3\n“done”"
 
 
 def by_message_api(inbox: Inbox, content: str = CONTENT) -> Receipt:
-    return Poke(inbox.message_url, KEY, dry_run=False).send(message(content=content))
+    return Poke(inbox.message_url, KEY, dry_run=False, callback_hosts=HERE).send(message(content=content))
 
 
 def by_callback(url: str, token: str = TOKEN) -> Receipt:
-    return Poke("https://poke.invalid/", KEY, dry_run=False).send(message(CallbackTarget(url, token)))
+    return Poke("https://poke.invalid/", KEY, dry_run=False, callback_hosts=HERE).send(
+        message(CallbackTarget(url, token))
+    )
 
 
 def message(target: CallbackTarget | None = None, task: str = "count\n my sheep", content: str = CONTENT) -> Message:
@@ -51,7 +55,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 def send_to(url: str) -> Receipt:
-    return Poke(url, KEY, dry_run=False).send(message())
+    return Poke(url, KEY, dry_run=False, callback_hosts=HERE).send(message())
 
 
 def head(status: int, *headers: str) -> bytes:

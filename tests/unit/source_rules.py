@@ -17,16 +17,19 @@ MAX_LINES = 320
 
 # A file imports only from lower floors. A new module or folder must be given one here.
 FLOORS = {
-    **dict.fromkeys(["settings", "setting_checks", "environ", "addresses", "postgres_url", "errors", "telemetry"], 1),
+    **dict.fromkeys(["settings", "setting_checks", "credential_names", "environ", "postgres_url"], 1),
+    **dict.fromkeys(["addresses", "dialing", "errors", "redaction", "telemetry"], 1),
     **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents"], 1),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
     **dict.fromkeys(["routing", "building", "delivery", "growth", "sweeping"], 3),
     "running": 4,
-    **dict.fromkeys(["service", "dispatcher"], 5),
+    **dict.fromkeys(["service", "dispatcher", "parts"], 5),
     **dict.fromkeys(["bootstrap", "following"], 6),
     **dict.fromkeys(["web", "demo"], 7),
-    **dict.fromkeys(["cli", "__main__"], 8),
-    **dict.fromkeys(PROCESS_FILES, 9),
+    "terminal": 7,
+    "cli_credentials": 8,
+    **dict.fromkeys(["cli", "__main__"], 9),
+    **dict.fromkeys(PROCESS_FILES, 10),
     "__init__": 0,
 }
 VALUES = 1  # on this floor siblings build on each other
@@ -41,6 +44,7 @@ THREADS = (
     "pokestrator/delivery.py",
     "pokestrator/claude/slot_process.py",
     "pokestrator/claude/relay.py",
+    "pokestrator/web/gathering.py",  # hands whole requests to gunicorn's own threads
     "pokestrator/claude/supervisor.py",
     "pokestrator/claude/slot.py",  # in the slot's own process: waits for its parent's end
     "pokestrator/cli.py",  # one job's thread, so that Ctrl-C is heard while it runs
@@ -49,7 +53,7 @@ THREADS = (
 PROCESSES = ("pokestrator/claude/",)
 FLASK = ("pokestrator/web/",)
 REQUESTS = (
-    "pokestrator/poke.py",
+    "pokestrator/poke/",
     "pokestrator/claude/relay_messages.py",
     "pokestrator/claude/upstream.py",
 )
@@ -64,7 +68,9 @@ SETTINGS = (
     "pokestrator/settings.py",
     "pokestrator/environ.py",
     "pokestrator/bootstrap.py",
+    "pokestrator/parts.py",
     "pokestrator/cli.py",
+    "pokestrator/terminal.py",
     "pokestrator/web/",
     "pokestrator/demo/",
     *PROCESS_FILES,

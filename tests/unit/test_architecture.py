@@ -59,8 +59,8 @@ def _needed(path: str) -> set[str]:
 # The rules -------------------------------------------------------------------------------------------------------
 
 BROKEN = [
-    (violations_of_floors, "pokestrator/poke.py", "from pokestrator.routing import decide"),
-    (violations_of_floors, "pokestrator/poke.py", "from pokestrator.store.pool import Database"),
+    (violations_of_floors, "pokestrator/poke/api.py", "from pokestrator.routing import decide"),
+    (violations_of_floors, "pokestrator/poke/api.py", "from pokestrator.store.pool import Database"),
     (violations_of_floors, "pokestrator/store/jobs.py", "from pokestrator import service"),
     (violations_of_floors, "pokestrator/claude/pool.py", "from ..store import jobs"),
     (violations_of_floors, "pokestrator/errors.py", "def later():\n    import pokestrator.web.app"),
@@ -93,7 +93,7 @@ BROKEN = [
     (violations_of_requests, "pokestrator/web/api.py", "from requests import post"),
     (violations_of_environ, "pokestrator/cli.py", "import os\nos.environ['HOME']"),
     (violations_of_environ, "pokestrator/store/embedded.py", "from os import environ"),
-    (violations_of_environ, "pokestrator/poke.py", "import os\nos.getenv('POKE_API_KEY')"),
+    (violations_of_environ, "pokestrator/poke/api.py", "import os\nos.getenv('POKE_API_KEY')"),
     (
         violations_of_templates,
         "pokestrator/routing.py",
@@ -102,7 +102,7 @@ BROKEN = [
     (violations_of_templates, "pokestrator/routing.py", "open('templates/stripe_analyst.json')"),
     (violations_of_templates, "pokestrator/service.py", "from pokestrator.store.templates import TEMPLATES_FOLDER"),
     (violations_of_settings, "pokestrator/service.py", "from pokestrator.settings import Settings"),
-    (violations_of_settings, "pokestrator/poke.py", "from pokestrator.environ import process_settings"),
+    (violations_of_settings, "pokestrator/poke/api.py", "from pokestrator.environ import process_settings"),
     (violations_of_settings, "pokestrator/claude/pool.py", "from pokestrator import settings"),
     (violations_of_swallowing, "pokestrator/cli.py", "try:\n    f()\nexcept Exception:\n    pass"),
     (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pokestrator.demo.inbox import Received
-from pokestrator.jobs import RAN_AGAIN
+from pokestrator.jobs import RAN_AGAIN, TOO_LATE
 from tests.chaos.faults import KINDS
-from tests.chaos.ledgers import Ack, Fault, Ledgers, Orphan, Refusal
+from tests.chaos.ledgers import Ack, Cancel, Fault, Ledgers, Orphan, Refusal
 from tests.chaos.schedule import plan, resources
 from tests.chaos.verdict import Found, Verdict, calm_seconds, judge, recoveries
 
@@ -49,7 +49,7 @@ def found(**changes: Any) -> Found:
     return Found(**{**values, **changes})
 
 
-def ledgers(*entries: Ack | Refusal | Fault | Orphan) -> Ledgers:
+def ledgers(*entries: Ack | Refusal | Cancel | Fault | Orphan) -> Ledgers:
     made = Ledgers()
     for entry in entries:
         match entry:
@@ -57,6 +57,8 @@ def ledgers(*entries: Ack | Refusal | Fault | Orphan) -> Ledgers:
                 made.acks.add(entry)
             case Refusal():
                 made.refusals.add(entry)
+            case Cancel():
+                made.cancels.add(entry)
             case Fault():
                 made.faults.add(entry)
             case Orphan():
@@ -85,7 +87,8 @@ def test_a_durable_task_that_the_database_does_not_know_is_lost() -> None:
 
 
 def test_a_task_that_ran_from_memory_may_be_lost_and_is_counted_apart() -> None:
-    verdict = judged(ledgers(ack(durable=False)), [], found(jobs=[], callbacks=[]))
+    killed = fault("kill_master", 5.0, 15.0, affects="everything", instance="A")
+    verdict = judged(ledgers(ack(durable=False), killed), [], found(jobs=[], callbacks=[]))
     assert verdict.failures == []
     assert ("accepted, not durable (from memory)", "1, 1 not delivered") in verdict.rows
 
@@ -135,9 +138,24 @@ def test_a_result_of_a_second_run_that_does_not_say_so_does_not_pass() -> None:
     assert judged(ledgers(ack()), [post()], found(jobs=[silent])).failures[0].startswith("results of second runs")
 
 
+def test_a_cancelled_task_that_went_on_does_not_pass_nor_one_that_nobody_cancelled() -> None:
+    cancelling = Cancel(12.0, JOB, "cancelling")
+    late = {**JOB_ROW, "result": f"{TOO_LATE}\n\nDone."}
+    cancelled = {**JOB_ROW, "state": "cancelled", "result": "Cancelled."}
+    for row in (late, cancelled):
+        assert judged(ledgers(ack(), cancelling), [post()], found(jobs=[row])).failures == []
+    verdict = judged(ledgers(ack(), cancelling), [post()])
+    assert verdict.failures[0].startswith("tasks that went on though they were cancelled: 1")
+    at_once = Cancel(12.0, JOB, "cancelled")
+    verdict = judged(ledgers(ack(), at_once), [post()], found(jobs=[late]))
+    assert verdict.failures[0].startswith("tasks that went on though they were cancelled: 1")
+    verdict = judged(ledgers(ack()), [post()], found(jobs=[cancelled]))
+    assert verdict.failures[0].startswith("tasks cancelled though nobody asked: 1")
+
+
 def test_a_call_that_failed_in_a_rolling_restart_does_not_pass_and_one_beside_it_does() -> None:
     rolling = fault("rolling_restart", 50.0, 60.0, affects="instance", instance="A", doubles=False)
-    beside = Refusal(70.0, 0.1, "key-1", "A", "no answer", "reset")
+    beside = Refusal(70.0, 0.1, "key-1", "A", "no connection", "refused")
     within = Refusal(55.0, 0.1, "key-1", "A", "no answer", "reset")
     assert judged(ledgers(ack(), rolling, beside), [post()]).failures == []
     assert judged(ledgers(ack(), rolling, within), [post()]).failures[0].startswith("failed accepts")
@@ -155,6 +173,45 @@ def test_a_fault_of_one_instance_leaves_the_orphan_to_the_other() -> None:
     orphan = Orphan(JOB, 1, "host:1:x", "lease", 50.0, 100.0)
     cut = fault("database_silent", 40.0, 95.0, affects="instance", instance="A")
     assert calm_seconds(orphan, ledgers(cut), WHOLE) == 50.0
+
+
+def test_an_orphan_of_an_owner_that_died_here_is_found_within_seconds() -> None:
+    late = Orphan(JOB, 1, "host:1:x", "death", 50.0, 57.0)
+    assert judged(ledgers(ack(), late), [post()]).failures[0].startswith("orphans above 6 s")
+    in_time = Orphan(JOB, 1, "host:1:x", "death", 50.0, 55.0)
+    assert judged(ledgers(ack(), in_time), [post()]).failures == []
+
+
+def test_a_call_that_nobody_answers_does_not_pass_unless_its_instance_was_ended_or_frozen() -> None:
+    silent = Refusal(50.0, 10.0, "key-1", "A", "no answer", "timed out")
+    frozen = fault("freeze_worker", 55.0, 70.0, affects="instance", instance="A")
+    assert judged(ledgers(ack(), silent, frozen), [post()]).failures == []
+    for other in (fault("freeze_worker", 55.0, 70.0, affects="instance", instance="B"), fault("frozen", 45.0, 70.0)):
+        verdict = judged(ledgers(ack(), silent, other), [post()])
+        assert verdict.failures[0].startswith("calls that a living instance did not answer: 1")
+
+
+@pytest.mark.parametrize("entry", [Refusal(80.0, 0.1, "k", "A", "refused", "away"), ack(at=80.0, durable=False)])
+def test_a_task_that_is_not_stored_though_the_database_has_long_been_back_does_not_pass(entry: Ack | Refusal) -> None:
+    recent, earlier = fault("kill_postgres", 65.0, 71.0), fault("kill_postgres", 60.0, 69.0)
+    assert judged(ledgers(ack(), entry, recent), [post()]).failures == []
+    for other in (earlier, fault("database_silent", 65.0, 71.0, affects="instance", instance="B")):
+        verdict = judged(ledgers(ack(), entry, other), [post()])
+        assert verdict.failures[0].startswith("tasks not stored though nothing was broken for 10 s: 1")
+
+
+def test_an_answer_that_takes_too_long_does_not_pass() -> None:
+    assert judged(ledgers(ack(seconds=4.0)), [post()]).failures == []
+    assert judged(ledgers(ack(seconds=6.0)), [post()]).failures[0].startswith("of which later than 5 s: 1")
+
+
+def test_a_result_from_memory_is_lost_only_with_its_instance() -> None:
+    lost, outage = ack(durable=False), fault("kill_postgres", 5.0, 15.0)
+    nothing = found(jobs=[], callbacks=[])
+    verdict = judged(ledgers(lost, outage), [], nothing)
+    assert verdict.failures[0].startswith("results from memory that an instance has lost which went on: 1")
+    killed = fault("kill_worker", 30.0, 31.0, affects="instance", instance="A")
+    assert judged(ledgers(lost, outage, killed), [], nothing).failures == []
 
 
 def test_recovery_is_the_time_until_both_accepts_and_claims_work() -> None:

@@ -11,7 +11,8 @@ import pytest
 from pokestrator import delivery, schedule
 from pokestrator.delivery import Delivery
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.poke import NOT_SENT, Message, Poke, Receipt
+from pokestrator.poke.api import Message, Poke
+from pokestrator.poke.post import NOT_SENT, Receipt
 from pokestrator.schedule import LONGEST_ASKED_WAIT, WAITS, NextTry, is_worth_retrying, next_try, wait_after
 from pokestrator.store.callbacks import Callback, Callbacks
 from tests.integration.flow import captured_logs

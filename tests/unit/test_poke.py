@@ -11,7 +11,8 @@ import pytest
 
 from pokestrator.demo.inbox import Inbox
 from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.poke import Poke, Receipt
+from pokestrator.poke.api import Poke
+from pokestrator.poke.post import Receipt
 from tests.unit.poke_calls import CONTENT, KEY, REQUEST_ID, TOKEN, by_callback, by_message_api, message
 
 
@@ -159,3 +160,11 @@ def test_a_used_up_token_is_a_401(inbox: Inbox) -> None:
     again = by_callback(url)
     assert (again.delivered, again.status) == (False, 401)
     assert TOKEN not in again.error
+
+
+def test_a_refusal_that_quotes_what_it_refuses_is_kept_without_it(inbox: Inbox) -> None:
+    inbox.answer_with([{"status": 403, "body": {"error": f"{'no ' * 58}such key: {KEY}"}}])
+    assert KEY[:8] not in by_message_api(inbox).error
+    url = inbox.callback_url(TOKEN)
+    inbox.answer_with([{"status": 400, "body": {"message": f"token {TOKEN} is not for {url}"}}])
+    assert by_callback(url).error == "HTTP 400 token [secret] is not for [secret]"

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from pokestrator import poke
 from pokestrator.demo.inbox import Inbox
-from pokestrator.poke import NOT_SENT, Poke, Receipt
-from tests.unit.poke_calls import KEY, TOKEN, answering, by_callback, by_message_api, head, message, send_to
+from pokestrator.poke import api, post
+from pokestrator.poke.api import Poke
+from pokestrator.poke.post import NOT_SENT, Receipt
+from tests.unit.poke_calls import HERE, KEY, TOKEN, answering, by_callback, by_message_api, head, message, send_to
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_connection_closed_without_an_answer_is_no_answer(inbox: Inbox) -> Non
 
 
 def test_an_answer_that_does_not_come_in_time_is_no_answer(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poke, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(post, "READ_SECONDS", 0.2)
     inbox.answer_with([{"delay": 30}])
     started = time.monotonic()
     receipt = by_message_api(inbox)
@@ -122,7 +123,7 @@ def test_an_endless_answer_is_cut_off(status: int) -> None:
 
 
 def test_an_answer_that_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poke, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(post, "ANSWER_SECONDS", 0.3)
     drop = threading.Event()
 
     def dripping(connection: socket.socket) -> None:
@@ -168,10 +169,10 @@ def dripping_header(connection: socket.socket) -> None:
 def test_a_post_that_takes_too_long_in_all_is_broken_off(
     receiver: Callable[[socket.socket], None], status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poke, "POST_SECONDS", 0.3)
+    monkeypatch.setattr(api, "POST_SECONDS", 0.3)
     receipts: list[Receipt] = []
     with answering(receiver) as url:
-        sender = Poke(url, KEY, dry_run=False)
+        sender = Poke(url, KEY, dry_run=False, callback_hosts=HERE)
         thread = threading.Thread(target=lambda: receipts.append(sender.send(message())))
         thread.start()
         sender.cut_overdue()  # not yet
@@ -186,7 +187,7 @@ def test_a_post_that_takes_too_long_in_all_is_broken_off(
 def test_a_closed_poke_breaks_its_posts_off_and_sends_no_more(inbox: Inbox) -> None:
     inbox.answer_with([{"delay": 30}])
     receipts: list[Receipt] = []
-    sender = Poke(inbox.message_url, KEY, dry_run=False)
+    sender = Poke(inbox.message_url, KEY, dry_run=False, callback_hosts=HERE)
     thread = threading.Thread(target=lambda: receipts.append(sender.send(message())))
     thread.start()
     assert inbox.wait_for(1, 10)
@@ -201,7 +202,7 @@ def test_a_closed_poke_breaks_its_posts_off_and_sends_no_more(inbox: Inbox) -> N
 def test_a_post_that_is_cut_before_it_had_a_connection_sends_nothing(
     inbox: Inbox, is_leaving: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poke, "POST_SECONDS", 0.0)
+    monkeypatch.setattr(api, "POST_SECONDS", 0.0)
     looks_up, goes_on, lookup = threading.Event(), threading.Event(), socket.getaddrinfo
 
     def slow_lookup(*args: Any, **options: Any) -> Any:
@@ -211,7 +212,7 @@ def test_a_post_that_is_cut_before_it_had_a_connection_sends_nothing(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow_lookup)
     receipts: list[Receipt] = []
-    sender = Poke(inbox.message_url, KEY, dry_run=False)
+    sender = Poke(inbox.message_url, KEY, dry_run=False, callback_hosts=HERE)
     thread = threading.Thread(target=lambda: receipts.append(sender.send(message())))
     thread.start()
     assert looks_up.wait(10)
@@ -228,15 +229,15 @@ def test_a_post_that_is_cut_before_it_had_a_connection_sends_nothing(
 
 def test_a_failure_that_a_cut_comes_too_late_for_was_sent(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     inbox.answer_with([{"close": True}])
-    sender = Poke(inbox.message_url, KEY, dry_run=False)
-    forget = poke._Post.forget
+    sender = Poke(inbox.message_url, KEY, dry_run=False, callback_hosts=HERE)
+    forget = post.Post.forget
 
-    def forget_and_close(post: poke._Post) -> None:
+    def forget_and_close(post: post.Post) -> None:
         sender._posts.add(post)  # as close() may have seen it just before
         forget(post)
         sender.close()
 
-    monkeypatch.setattr(poke._Post, "forget", forget_and_close)
+    monkeypatch.setattr(post.Post, "forget", forget_and_close)
     receipt = sender.send(message())
     assert (receipt.is_unsent, receipt.error) == (False, "ConnectionError at 127.0.0.1")
 

@@ -9,6 +9,7 @@ that starts with a slash), so does this one.
 
 from __future__ import annotations
 
+import base64
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,10 @@ def our_problems(document: Document) -> list[str]:
         variables.get("POKESTRATOR_DRAIN_SECONDS", {}).get("value", Settings.model_fields["drain_seconds"].default)
     )
     checks = {
-        "POKESTRATOR_API_KEY must be generated": variables.get("POKESTRATOR_API_KEY", {}).get("generateValue") is True,
+        **{
+            f"{key} must be generated": variables.get(key, {}).get("generateValue") is True
+            for key in ("POKESTRATOR_API_KEY", "POKESTRATOR_SECRET_KEY")
+        },
         "HOST must be 0.0.0.0, or Render finds no port": variables.get("HOST", {}).get("value") == "0.0.0.0",
         "DATABASE_URL must come from the database": "fromDatabase" in variables.get("DATABASE_URL", {}),
         "the free plan sleeps": service.get("plan", "starter") != "free",
@@ -204,7 +208,9 @@ def test_the_python_on_render_is_the_one_the_type_checker_is_told_about(blueprin
 
 def test_the_values_are_ones_that_settings_accept(blueprint: Document) -> None:
     literal = {v["key"]: str(v["value"]) for v in blueprint["services"][0]["envVars"] if "value" in v}
-    filled_in = {"POKESTRATOR_API_KEY": "x" * 44, "DATABASE_URL": "postgresql://u:p@dpg-x-a/db", "PORT": "10000"}
+    generated = base64.b64encode(bytes(range(224, 256))).decode()  # as the specification has it: 256 bits in base64
+    filled_in = dict.fromkeys(("POKESTRATOR_API_KEY", "POKESTRATOR_SECRET_KEY"), generated)
+    filled_in |= {"DATABASE_URL": "postgresql://u:p@dpg-x-a/db", "PORT": "10000"}
 
     settings = Settings.from_environ({**literal, **filled_in})
 
@@ -259,6 +265,10 @@ BREAKS: dict[str, tuple[Callable[[Document], object], str]] = {
     "a key for all to read": (
         lambda d: service(d)["envVars"].append({"key": "CLAUDE_CODE_OAUTH_TOKEN", "value": "x"}),
         "CLAUDE_CODE_OAUTH_TOKEN: a secret in plain sight",
+    ),
+    "no secret key": (
+        lambda d: service(d)["envVars"].remove(variable(d, "POKESTRATOR_SECRET_KEY")),
+        "POKESTRATOR_SECRET_KEY must be generated",
     ),
     "no key": (lambda d: variable(d, "POKESTRATOR_API_KEY").update(key="POKESTRATOR_KEY"), "must be generated"),
     "a key that is not asked for": (lambda d: service(d)["envVars"].pop(), "POKE_API_KEY: must be asked for"),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pokestrator.runs import ErrorKind, Usage, sentence
+from pokestrator.runs import ErrorKind, RunRequest, Usage, sentence
 
 LONGEST = 160  # characters: one text message
 JARGON = re.compile(
@@ -44,3 +44,17 @@ def test_usage_adds_up_field_by_field() -> None:
     run = Usage(cost_usd=0.5, input_tokens=1_000, output_tokens=300, turns=4)
     assert draft + run == Usage(0.75, 1_100, 320, 5)
     assert draft + Usage() == draft
+
+
+def test_missing_credentials_are_named_with_the_command_that_adds_them() -> None:
+    one = sentence(ErrorKind.NEEDS_CREDENTIALS, missing=["STRIPE_API_KEY"])
+    assert one.startswith("I can't do this without STRIPE_API_KEY: ")
+    assert "`python -m pokestrator credentials set STRIPE_API_KEY`" in one
+    two = sentence(ErrorKind.NEEDS_CREDENTIALS, missing=["STRIPE_API_KEY", "SHOP_TOKEN"])
+    assert "without STRIPE_API_KEY and SHOP_TOKEN: " in two
+    assert "`python -m pokestrator credentials set NAME`" in two
+
+
+def test_a_request_that_is_logged_shows_no_credential() -> None:
+    request = RunRequest("Prompt", "System", "haiku", 5.0, variables={"STRIPE_API_KEY": "rk_canary"})
+    assert "rk_canary" not in repr(request)

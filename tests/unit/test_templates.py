@@ -225,10 +225,17 @@ def test_every_prompt_says_what_to_do_without_access_and_what_the_task_text_may_
 def test_a_template_that_needs_a_credential_says_its_name_and_lists_the_host_it_goes_to(
     shipped: tuple[Template, ...],
 ) -> None:
-    with_credentials = [template for template in shipped if template.credentials]
-    assert {template.name for template in with_credentials} == {"github_reporter", "stripe_analyst"}
-    for template in with_credentials:
-        assert all(f"${name}" in template.system_prompt for name in template.credentials)
+    named = {t.name: {*t.credentials, *t.optional_credentials} for t in shipped}
+    assert {name for name, credentials in named.items() if credentials} == {"github_reporter", "stripe_analyst"}
+    for template in shipped:
+        if not named[template.name]:
+            continue
+        assert all(f"${name}" in template.system_prompt for name in named[template.name])
         assert template.hosts and all(f"https://{host}" in template.system_prompt for host in template.hosts)
-        # Our own secrets are never a subagent's.
-        assert not set(template.credentials) & {"ANTHROPIC_API_KEY", "POKE_API_KEY", "POKESTRATOR_API_KEY"}
+
+
+def test_only_what_cannot_be_done_without_a_credential_demands_it(shipped: tuple[Template, ...]) -> None:
+    assert {t.name: t.credentials for t in shipped if t.credentials} == {"stripe_analyst": ("STRIPE_API_KEY",)}
+    github = next(template for template in shipped if template.name == "github_reporter")
+    assert github.optional_credentials == ("GITHUB_TOKEN",)
+    assert "Without a token, public repositories still work" in github.system_prompt

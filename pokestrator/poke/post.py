@@ -1,10 +1,4 @@
-"""What Poke's HTTP API looks like. Its facts come from the `poke` package and poke.com's developer pages:
-
-    callback      POST {X-Poke-Callback-Url}, Bearer {token}, {"content": …, "hasMore": false}
-    api_message   POST https://poke.com/api/v1/inbound/api-message, Bearer {key}, {"message": …, …}
-
-Refusals carry `error` or `message`; 429 carries `retryAfterMs` (callback) or `Retry-After`.
-"""
+"""One POST to a receiver outside: its connection, its deadline, and what came of it."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import json
 import socket
 import threading
 import time
-import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,30 +21,15 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
-from pokestrator.jobs import CallbackTarget, Channel
-from pokestrator.telemetry import get_logger, one_line
-
-log = get_logger(__name__)
+from pokestrator.redaction import Redactor
+from pokestrator.telemetry import one_line
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 30  # for each byte of the status and the headers
-POST_SECONDS = 45.0  # in all, where cut_overdue() is called: a receiver that drips is never late with a byte
 MAX_ANSWER_BYTES = 16 * 1024
 ANSWER_SECONDS = 5  # for the body; the status alone says what became of the message
 LONGEST_MILLISECONDS = 1e12  # JSON can spell integers that no float can hold
 RATE_LIMIT_SECONDS = 60.0  # what Poke means by a 429 that names no time
-
-
-@dataclass(frozen=True)
-class Message:
-    """One text for the person who sent the task."""
-
-    request_id: uuid.UUID
-    task: str
-    content: str
-    channel: Channel
-    target: CallbackTarget | None  # for Channel.CALLBACK
-    idempotency_key: str  # the same for every try of one callback
 
 
 @dataclass(frozen=True)
@@ -65,80 +44,21 @@ class Receipt:
     error: str = ""
     retry_after_seconds: float | None = None
     is_unsent: bool = False
+    is_refused: bool = False  # nothing was sent: the address is not one that we may send to
 
 
 NOT_SENT = Receipt(False, None, "not sent: this instance is leaving", is_unsent=True)
 
 
-class Poke:
-    """Sends messages to Poke, from any number of threads. Without a key the message API is not among its channels."""
-
-    def __init__(self, message_url: str, api_key: str | None, *, dry_run: bool) -> None:
-        self._message_url = message_url
-        self._api_key = api_key
-        self._dry_run = dry_run
-        self._lock = threading.Lock()
-        self._posts: set[_Post] = set()
-        self._is_closed = False
-
-    @property
-    def channels(self) -> tuple[Channel, ...]:
-        """The channels that can be used now."""
-        if self._api_key or self._dry_run:
-            return (Channel.CALLBACK, Channel.API_MESSAGE)
-        return (Channel.CALLBACK,)
-
-    def send(self, message: Message) -> Receipt:
-        """POST one message; never raises for what the network or Poke does."""
-        if self._dry_run:
-            log.info("callback_dry_run", request_id=str(message.request_id), content=one_line(message.content))
-            return Receipt(delivered=True)
-        if message.channel is Channel.CALLBACK and message.target is not None:
-            body: dict[str, Any] = {"content": message.content, "hasMore": False}
-            return self._post(message.target.url, message.target.token, body, message.idempotency_key)
-        body = {"message": message.content, "request_id": str(message.request_id), "task": one_line(message.task)}
-        return self._post(self._message_url, self._api_key or "", body, message.idempotency_key)
-
-    def cut_overdue(self) -> None:
-        """Break off the POSTs that have taken longer than POST_SECONDS: they fail at once."""
-        with self._lock:
-            overdue = [post for post in self._posts if time.monotonic() - post.began > POST_SECONDS]
-        for post in overdue:
-            post.cut()
-
-    def close(self) -> None:
-        """Break off all POSTs; later ones fail without having been sent."""
-        with self._lock:
-            self._is_closed = True
-            posts = list(self._posts)
-        for post in posts:
-            post.cut()
-
-    def _post(self, url: str, token: str, body: dict[str, Any], idempotency_key: str) -> Receipt:
-        post = _Post()
-        with self._lock:
-            if self._is_closed:
-                return NOT_SENT
-            self._posts.add(post)
-        _post_of_thread.set(post)
-        try:
-            receipt = _send(url, token, body, idempotency_key)
-        finally:
-            with self._lock:
-                self._posts.discard(post)
-            post.forget()
-        if post.is_cut_unconnected and self._is_closed:
-            return NOT_SENT
-        if post.is_cut and receipt.status is None:
-            seconds = round(time.monotonic() - post.began)
-            return Receipt(False, None, f"broken off after {seconds} s at {_host_name(url)}")
-        return receipt
+class Inside(Exception):
+    """The receiver's name leads to an address that is no receiver's: of this machine or its network."""
 
 
-class _Post:
-    """One POST under way, which another thread can break off."""
+class Post:
+    """One POST under way, which another thread can break off. `dial` makes its connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, dial: Callable[[str, int], socket.socket]) -> None:
+        self.dial = dial
         self.began = time.monotonic()
         self.is_cut = False
         self.is_cut_unconnected = False  # then nothing is sent: its connection is shut before anything is
@@ -175,21 +95,26 @@ class _Post:
             connection.shutdown(socket.SHUT_RDWR)
 
 
-_post_of_thread: ContextVar[_Post] = ContextVar("post")
+_post_of_thread: ContextVar[Post] = ContextVar("post")
+
+
+def _dialled(host: str, port: int) -> socket.socket:
+    """The connection of this thread's POST."""
+    post = _post_of_thread.get()
+    connection = post.dial(host, port)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    post.connected(connection)
+    return connection
 
 
 class _PlainConnection(HTTPConnection):
     def _new_conn(self) -> socket.socket:
-        connection = super()._new_conn()
-        _post_of_thread.get().connected(connection)
-        return connection
+        return _dialled(self.host, self.port)
 
 
 class _TlsConnection(HTTPSConnection):
     def _new_conn(self) -> socket.socket:
-        connection = super()._new_conn()
-        _post_of_thread.get().connected(connection)
-        return connection
+        return _dialled(self.host, self.port)
 
 
 class _PlainPool(HTTPConnectionPool):
@@ -215,7 +140,9 @@ class _Session(requests.Session):
         return None
 
 
-def _send(url: str, token: str, body: dict[str, Any], idempotency_key: str) -> Receipt:
+def send(post: Post, url: str, token: str, body: dict[str, Any], idempotency_key: str) -> Receipt:
+    """Make this POST, in the caller's thread; whatever the network or the receiver does ends in a receipt."""
+    _post_of_thread.set(post)
     headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": idempotency_key}
     try:
         with _Session() as session:
@@ -230,27 +157,34 @@ def _send(url: str, token: str, body: dict[str, Any], idempotency_key: str) -> R
                 allow_redirects=False,  # a followed 302 would turn the POST into a GET without its body
                 stream=True,
             ) as response:
-                return _receipt(response)
+                # Refusals quote what they refuse.
+                return _receipt(response, Redactor([token, url]))
+    except Inside as error:
+        return refused(str(error))
     except (requests.RequestException, ValueError) as error:
         # The error's own text may hold the whole URL, which can be a secret.
-        return Receipt(False, None, f"{type(error).__name__} at {_host_name(url)}")
+        return Receipt(False, None, f"{type(error).__name__} at {host_name(url)}")
 
 
-def _host_name(url: str) -> str:
+def refused(why: str) -> Receipt:
+    return Receipt(False, None, f"not sent: {why}", is_refused=True)
+
+
+def host_name(url: str) -> str:
     try:
         return urlsplit(url).hostname or "no host"
     except ValueError:
         return "no address"
 
 
-def _receipt(response: requests.Response) -> Receipt:
+def _receipt(response: requests.Response, redact: Redactor) -> Receipt:
     status = response.status_code
     answer = _answer(response)
     if 200 <= status < 300:
         if answer.get("success") is False:
-            return Receipt(False, status, _complaint(status, answer))
+            return Receipt(False, status, _complaint(status, answer, redact))
         return Receipt(True, status)
-    return Receipt(False, status, _complaint(status, answer), _retry_after(response, answer))
+    return Receipt(False, status, _complaint(status, answer, redact), _retry_after(response, answer))
 
 
 def _answer(response: requests.Response) -> dict[str, Any]:
@@ -272,9 +206,9 @@ def _body(response: requests.Response) -> bytes:
     return body
 
 
-def _complaint(status: int, answer: dict[str, Any]) -> str:
+def _complaint(status: int, answer: dict[str, Any], redact: Redactor) -> str:
     said = answer.get("error") or answer.get("message") or ""
-    return one_line(f"HTTP {status} {said}".strip())
+    return one_line(redact(f"HTTP {status} {said}".strip()))
 
 
 def _retry_after(response: requests.Response, answer: dict[str, Any]) -> float | None:

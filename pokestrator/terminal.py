@@ -1,0 +1,89 @@
+"""What all commands share at a terminal: settings, the database, signals, and how a command fails.
+
+Their exit codes: 0 done, 1 failed, 2 not accepted (settings, arguments, task), 3 no database, 130 interrupted (by
+SIGTERM 143, by SIGHUP 129).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from pokestrator.environ import process_redactor, process_settings
+from pokestrator.errors import SettingsError, StoreUnavailable
+from pokestrator.settings import Settings
+from pokestrator.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from pokestrator.store.pool import Line
+
+
+def accepted_settings() -> Settings:
+    """This process's settings; exits with 2 when they are not accepted."""
+    try:
+        return process_settings()
+    except SettingsError as error:
+        refuse(error)
+
+
+@contextmanager
+def line_to_database(settings: Settings, *, prepare: bool = False) -> Iterator[Line]:
+    """A connection to the settings' database; one that is embedded is joined, and left running if others use it.
+
+    `prepare`: bring its tables up to date first. Exits with 3 when the database is not there.
+    """
+    from pokestrator import bootstrap
+    from pokestrator.store.migrate import MigrationChanged, migrate
+    from pokestrator.store.pool import Database
+
+    configure_logging("ERROR", redact=process_redactor())
+    with interruptible(), ExitStack() as stack:
+        try:
+            database = Database(bootstrap.database_url(settings))
+            stack.callback(bootstrap.leave_embedded_database, settings)
+            if prepare:
+                migrate(database)
+            line = database.line()
+            stack.callback(line.close)
+            yield line
+        except (StoreUnavailable, MigrationChanged) as error:
+            fail(3, f"no database: {error}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, by KeyboardInterrupt, so that it cleans up after itself;
+    then exit with 128 + the signal's number."""
+    code = 128 + signal.SIGINT
+
+    def interrupt(number: int, _frame: object) -> None:
+        nonlocal code
+        for caught in before:  # a second one must not interrupt the cleaning up
+            signal.signal(caught, lambda *_: None)
+        code = 128 + number
+        raise KeyboardInterrupt
+
+    # What is ignored already, as SIGHUP is by nohup, stays ignored.
+    wanted = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, interrupt) for each in wanted}
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(code, "Interrupted.")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def refuse(error: SettingsError) -> NoReturn:
+    fail(2, "\n".join(f"cannot start: {problem}" for problem in error.problems))
+
+
+def fail(code: int, text: str) -> NoReturn:
+    click.echo(text, err=True)
+    sys.exit(code)
