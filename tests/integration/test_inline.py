@@ -57,7 +57,7 @@ ROAD = [
     "store/jobs.py finish",
     "delivery.py deliver",
     "store/callbacks.py claim_due",
-    "poke.py send",
+    "poke/api.py send",
     "store/callbacks.py delivered",
 ]
 
@@ -181,7 +181,7 @@ def test_a_build_goes_in_one_thread_too(application: Application, inbox: Inbox, 
         [received] = inbox.wait_for(1, 20)
     assert "send the task again" in contents([received])[0]
     road = ["building.py draft_request", "claude/worker.py run", "building.py read_draft", "store/subagents.py build"]
-    assert in_order(recorder.calls, [*road, "store/jobs.py finish", "poke.py send"]) == []
+    assert in_order(recorder.calls, [*road, "store/jobs.py finish", "poke/api.py send"]) == []
     assert recorder.threads == {"http", "relay", "supervisor"}  # its own, and those that an agent's connections need
 
 
