@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pokestrator.claude import processes
-from pokestrator.claude.confinement import Confinement, probe
+from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.pool import Claude, Slots
+from pokestrator.claude.probing import probe
 from pokestrator.delivery import LEAVE_SECONDS, Delivery
 from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question, TaskLimits

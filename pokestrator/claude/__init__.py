@@ -10,6 +10,14 @@ folders.py      the folder that a run works in
 processes.py    process trees: finding and ending what a run has started
 capacity.py     how many runs this machine can hold
 
+jail.py             starts in the CLI's place: confines itself, and becomes it
+landlock.py         which files, which port
+seccomp.py          which system calls
+system_calls.py     their numbers
+supervisor.py       makes a confined run's connections, to the relay alone
+confinement.py      what is started for a run, and what it may have
+probing.py          what of this holds on a machine
+
 relay.py            the only address that agents reach: who is let in, and what for
 relay_http.py       HTTP as it speaks it with them
 relay_messages.py   their questions to Claude

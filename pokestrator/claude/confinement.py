@@ -1,4 +1,4 @@
-"""How far agents can be confined on this machine, found out by trying; and what is started in the CLI's place.
+"""How agents are confined, and what is started in the CLI's place. probing.py finds out what there is on a machine.
 
 confined   Landlock and seccomp hold a run in its folder and at the relay (jail.py): all its tools
 limited    they are not to be had here: only the tools that need neither files nor commands nor a connection of
@@ -7,29 +7,26 @@ limited    they are not to be had here: only the tools that need neither files n
 
 from __future__ import annotations
 
-import functools
 import marshal
 import os
 import shlex
-import socket
-import subprocess
+import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pokestrator.claude import jail, landlock, processes
+from pokestrator.claude import jail, processes
 from pokestrator.claude.supervisor import Supervisor
-from pokestrator.environ import minimal_environment
-from pokestrator.telemetry import one_line
+from pokestrator.subagents import Tool
+from pokestrator.telemetry import get_logger
+
+log = get_logger(__name__)
 
 ROOT = Path(__file__).parents[2]
-PROBE_SECONDS = 30.0  # for what takes a tenth of a second where the machine is not busy
-
 # The agent's own folders, of which it may write all; the run's folder itself is not among them.
 FOLDERS = ("home", "config", "tmp", "work")
 
@@ -38,12 +35,6 @@ FOLDERS = ("home", "config", "tmp", "work")
 FIRST_USER, USERS = 61_184, 4_096
 
 PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
-READABLE = (
-    *PROGRAMS,
-    *("/dev/urandom", "/dev/random", "/dev/zero"),
-    *("/etc/passwd", "/etc/group", "/etc/hosts", "/etc/nsswitch.conf", "/etc/localtime", "/etc/mime.types"),
-    *("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl", "/etc/pki", "/etc/ca-certificates"),
-)
 WRITABLE = ("/dev/null",)
 CERTIFICATES = ("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
 
@@ -71,10 +62,10 @@ class Confinement:
     readable: tuple[str, ...] = ()
     all_tools: bool = False  # the owner's word, for where the tier is limited
 
-    def allowed(self, tools: Sequence[str]) -> list[str]:
-        """Those of the tools that a run may have here."""
+    def allowed(self, tools: Sequence[str]) -> tuple[str, ...]:
+        """Those of the tools that a run may have here: none beyond those that there are for subagents at all."""
         every = self.all_tools or self.tier == "confined"
-        return [tool for tool in tools if every or tool in TOOLS_OF_THE_LIMITED]
+        return tuple(tool for tool in tools if tool in get_args(Tool) and (every or tool in TOOLS_OF_THE_LIMITED))
 
     def __str__(self) -> str:
         tools = "all tools" if self.all_tools or self.tier == "confined" else "no commands and no files"
@@ -113,7 +104,8 @@ def launcher(
     """
     port = _relay_port(variables) if confinement.tier == "confined" else None
     uid = user_of_this_process() if confinement.as_user else None
-    certificates = [variables[name] for name in CERTIFICATES if variables.get(name)]
+    certificates = _copied_certificates(folder, variables)
+    program = program if uid is None else _reachable(program, folder)
     orders = Orders(
         program=str(program),
         uid=uid,
@@ -121,7 +113,7 @@ def launcher(
         port=port,
         # Relative to the folder where the CLI starts: its own path may be too long for a socket.
         supervisor=f"../{Supervisor.NAME}" if port and confinement.egress == "relay only" else None,
-        readable=[*confinement.readable, str(program), *certificates],
+        readable=[*confinement.readable, str(program), *certificates.values()],
         writable=[*WRITABLE, *(str(folder / name) for name in FOLDERS)],
     )
     with _supervised(folder, orders):
@@ -130,7 +122,7 @@ def launcher(
             for each in (*(folder / name for name in FOLDERS), folder):
                 os.chown(each, uid, uid)
         seen = {"PATH": _path(variables), "GIT_CONFIG_NOSYSTEM": "1"}  # or git complains about what it may not read
-        yield script, {**variables, **seen, jail.ORDERS: orders.written()}
+        yield script, {**variables, **certificates, **seen, jail.ORDERS: orders.written()}
 
 
 def user_of_this_process() -> int:
@@ -162,6 +154,35 @@ def _script(folder: Path) -> Path:
     return script
 
 
+def _reachable(program: Path, folder: Path) -> Path:
+    """The program, by a name of its own in the run's folder where its own folder is closed to other users.
+
+    The CLI is executed by a descriptor and would start even so; but it also starts itself by its name, as ripgrep.
+    """
+    program = program.resolve()
+    if all(parent.stat().st_mode & stat.S_IXOTH for parent in program.parents):
+        return program
+    name = folder / "cli"
+    try:
+        name.hardlink_to(program)
+    except OSError as error:  # on another file system: Grep and Glob will not work
+        log.warning("cli_out_of_reach", program=str(program), reason=repr(error))
+        return program
+    return name
+
+
+def _copied_certificates(folder: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables that name files with certificates, naming copies: the originals may lie where only we can go."""
+    copies = {}
+    for name in CERTIFICATES:
+        original, copy = Path(variables.get(name, "")), folder / f"{name}.pem"
+        if original.is_file():
+            copy.write_bytes(original.read_bytes())
+            copy.chmod(0o644)
+            copies[name] = str(copy)
+    return copies
+
+
 def _limits(uid: int | None, seconds: float) -> dict[str, int]:
     cpu = int(seconds * (os.cpu_count() or 1)) + MORE_CPU_SECONDS
     # Every thread of the user counts, ours too where the run stays the same user; a user of its own has none.
@@ -180,98 +201,6 @@ def _path(variables: Mapping[str, str]) -> str:
     """PATH without the folders that are closed to the run: a shell would find programs there and fail to start them."""
     folders = [each for each in variables.get("PATH", "").split(os.pathsep) if _is_below(each, PROGRAMS)]
     return os.pathsep.join(folders) or os.defpath
-
-
-# The probe -------------------------------------------------------------------------------------------------------
-
-
-def probe(*, all_tools: bool = False) -> Confinement:
-    """What holds on this machine. `all_tools` is the owner's word for where little does."""
-    return replace(_probe(), all_tools=all_tools)
-
-
-@functools.cache
-def _probe() -> Confinement:
-    """Try to get out of a jail such as runs have. Once a process, in some tenths of a second; what fails is limited."""
-    best = Confinement("confined", "relay only", landlock.version(), os.geteuid() == 0, readable=tuple(_readable()))
-    reasons: list[str] = []
-    for wanted in (best, replace(best, egress="by port only")):
-        problems = _problems(wanted)
-        if not problems:
-            return replace(wanted, reason="; ".join(reasons))
-        reasons.append(f"{wanted.egress}: {', '.join(problems)}")
-    limited = replace(best, tier="limited", egress="open", reason="; ".join(reasons))
-    return replace(limited, as_user=limited.as_user and not _problems(limited))
-
-
-def _readable() -> list[str]:
-    """What agents may read, without our own program, the folder it was started in and that of all runs."""
-    closed = [each.resolve() for each in (ROOT, Path.cwd(), Path(tempfile.gettempdir()))]
-    roots = dict.fromkeys(Path(each).resolve() for each in READABLE)
-    return [path for each in roots for path in without(each, closed)]
-
-
-def without(path: Path, closed: Sequence[Path]) -> list[str]:
-    """`path`, or if some of `closed` lies below it, all that is in it but that: Landlock can only allow.
-
-    Links are left out then: they may lead to what is closed. A folder that is closed as a whole is not below itself:
-    nobody keeps a service's files in /usr/bin, but it may be started there.
-    """
-    inside = [each for each in closed if each != path and each.is_relative_to(path)]
-    if not inside:
-        return [str(path)]
-    entries = [Path(entry.path) for entry in os.scandir(path) if not entry.is_symlink()]
-    return [found for entry in entries if entry not in inside for found in without(entry, inside)]
-
-
-def _problems(wanted: Confinement) -> list[str]:
-    """What a process confined like this can do and must not, or must and cannot; empty when it is as wanted."""
-    try:
-        done = _tried(wanted)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return [one_line(str(error))]
-    if wanted.tier == "limited":
-        return []
-    wrong = [
-        name for name in jail.MUST_NOT if name in done and (name, wanted.egress) != ("dial elsewhere", "by port only")
-    ]
-    return [f"it can {name}" for name in wrong] + [f"it cannot {name}" for name in jail.MUST if name not in done]
-
-
-def _tried(wanted: Confinement) -> list[str]:
-    """What a process confined like this could do (jail.tried). Raises OSError, ValueError, SubprocessError."""
-    with (
-        tempfile.TemporaryDirectory(prefix="pokestrator-probe-") as name,
-        socket.create_server(("", 0)) as relay,  # on every address, so that the wrong one could be dialled
-    ):
-        folder, port = Path(name), relay.getsockname()[1]
-        for own in FOLDERS:
-            (folder / own).mkdir(mode=0o700)
-        secret = folder / "secret"
-        secret.write_text("secret")
-        tries = {
-            "port": port,
-            "inside": str(folder / "work" / "new"),
-            "outside": str(folder / "new"),
-            "secret": str(secret),
-        }
-        url = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}"}
-        with launcher(wanted, folder, Path("/bin/true"), minimal_environment() | url, PROBE_SECONDS) as (script, env):
-            orders = Orders(**{**marshal.loads(bytes.fromhex(env[jail.ORDERS])), "tries": tries})
-            secret.chmod(0o644)
-            done = subprocess.run(
-                [str(script)],
-                check=False,
-                cwd=folder / "work",
-                env={**env, jail.ORDERS: orders.written()},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=PROBE_SECONDS,
-            )
-    if done.returncode:
-        raise ValueError(done.stderr.strip() or f"exit code {done.returncode}")
-    return done.stdout.splitlines()
 
 
 def _is_below(path: str, roots: Sequence[str]) -> bool:

@@ -19,7 +19,6 @@ waits for this program: it runs without site-packages (`python -I -S`), and load
 from __future__ import annotations
 
 import _socket  # the bare one, as in seccomp.py
-import ctypes
 import marshal
 import os
 import resource
@@ -27,7 +26,7 @@ import struct
 import sys
 
 from pokestrator.claude import landlock, seccomp
-from pokestrator.claude.system_calls import Failed, call, checked, libc
+from pokestrator.claude.system_calls import Failed, checked, libc
 
 TYPE_CHECKING = False  # so that `typing` is not loaded
 if TYPE_CHECKING:
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
 ORDERS = "POKESTRATOR_JAIL"
 FAILED = 97  # exit code
 
-# prctl(2), capabilities(7), execveat(2)
+# prctl(2), capabilities(7)
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 CAPABILITY_VERSION_3, MOST_CAPABILITIES = 0x20080522, 64
-AT_EMPTY_PATH = 0x1000
 
 # For the probe: what a confined process is there to do, and what it is there not to do.
 MUST = ("write inside", "dial the relay")
-MUST_NOT = ("write outside", "read outside", "dial elsewhere", "send by UDP", "open a Unix socket")
+SIGNAL, ELSEWHERE = "signal the service", "dial elsewhere"
+MUST_NOT = ("write outside", "read outside", SIGNAL, ELSEWHERE, "send by UDP", "open a Unix socket")
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def follow(orders: dict[str, Any], arguments: list[str]) -> None:
         seccomp.restrict(supervisor)
     if orders["tries"] is not None:
         print(*tried(orders["tries"]), sep="\n", flush=True)
-    execute(program, [orders["program"], *arguments])
+    os.execve(program, [orders["program"], *arguments], os.environ)  # by execveat: its folder may be closed to us now
 
 
 def met(path: str) -> _socket.socket:
@@ -101,15 +100,6 @@ def gain_nothing_more(uid: int | None) -> None:
     checked(libc.capset(header, none), "capset")
 
 
-def execute(program: int, arguments: list[str]) -> None:
-    """Become what the descriptor holds, with our variables. Raises Failed."""
-    words = [*map(os.fsencode, arguments), None]
-    variables = [*(name + b"=" + value for name, value in os.environb.items()), None]
-    argv, envp = (ctypes.c_char_p * len(words))(*words), (ctypes.c_char_p * len(variables))(*variables)
-    call("execveat", program, b"", argv, envp, AT_EMPTY_PATH)
-    raise Failed(f"cannot execute {arguments[0]}: {os.strerror(ctypes.get_errno())}")
-
-
 def tried(tries: dict[str, Any]) -> list[str]:
     """What can be done from in here, by name; for the probe at start."""
 
@@ -123,7 +113,8 @@ def tried(tries: dict[str, Any]) -> list[str]:
         "dial the relay": lambda: dial("127.0.0.1"),
         "write outside": lambda: os.close(os.open(tries["outside"], os.O_WRONLY | os.O_CREAT)),
         "read outside": lambda: os.close(os.open(tries["secret"], os.O_RDONLY)),
-        "dial elsewhere": lambda: dial("127.0.0.2"),
+        SIGNAL: lambda: os.kill(os.getppid(), 0),
+        ELSEWHERE: lambda: dial("127.0.0.2"),
         "send by UDP": lambda: _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM),
         "open a Unix socket": lambda: _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM),
     }

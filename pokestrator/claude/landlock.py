@@ -24,9 +24,12 @@ ABSTRACT_SOCKETS, SIGNALS = 1 << 0, 1 << 1
 
 
 def version() -> int:
-    """Of the kernel's interface; 0 where there is none, or where it is switched off."""
+    """Of the kernel's interface; 0 where there is none, where it is switched off, and on processors unknown to us."""
     ask_version = 1
-    return max(0, call("landlock_create_ruleset", None, ctypes.c_size_t(0), ask_version))
+    try:
+        return max(0, call("landlock_create_ruleset", None, ctypes.c_size_t(0), ask_version))
+    except Failed:
+        return 0
 
 
 def opened(paths: list[str]) -> list[int]:

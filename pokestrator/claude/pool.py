@@ -12,10 +12,10 @@ from typing import Protocol
 
 from pokestrator.claude import processes
 from pokestrator.claude.calls import Call, Calls, OnEvent
-from pokestrator.claude.confinement import probe
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.folders import remove_abandoned, run_folder
 from pokestrator.claude.outcomes import failure
+from pokestrator.claude.probing import probe
 from pokestrator.claude.relay import Relay, of_agents
 from pokestrator.claude.slot_process import SlotProcess
 from pokestrator.claude.upstream import Upstream

@@ -18,9 +18,9 @@ from typing import Any
 
 from pokestrator.claude import processes, slot
 from pokestrator.claude.calls import Call
-from pokestrator.claude.confinement import probe
 from pokestrator.claude.folders import run_folder
 from pokestrator.claude.outcomes import failure
+from pokestrator.claude.probing import probe
 from pokestrator.claude.processes import Process
 from pokestrator.runs import ErrorKind, RunEvent, RunResult
 from pokestrator.telemetry import get_logger

@@ -15,7 +15,6 @@ CALLS = {
     "clone": (56, 220),
     "clone3": (435, 435),
     "connect": (42, 203),
-    "execveat": (322, 281),
     "landlock_add_rule": (445, 445),
     "landlock_create_ruleset": (444, 444),
     "landlock_restrict_self": (446, 446),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import claude_agent_sdk
 from claude_agent_sdk import (
@@ -36,7 +36,6 @@ from pokestrator.environ import environment
 from pokestrator.redaction import Redactor
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.settings import secret_names
-from pokestrator.subagents import Tool
 from pokestrator.telemetry import one_line
 
 # One request a run in place of three, one of them paid; no background work that outlives the answer.
@@ -91,8 +90,8 @@ def run(
 
 
 def _within_ceiling(request: RunRequest, confinement: Confinement, on_event: Callable[[RunEvent], None]) -> RunRequest:
-    """The request with no tool beyond those that there are for subagents at all, and that may be had here."""
-    tools = tuple(confinement.allowed([tool for tool in request.tools if tool in get_args(Tool)]))
+    """The request with the tools that it may have, whatever has asked for more."""
+    tools = confinement.allowed(request.tools)
     if refused := [tool for tool in request.tools if tool not in tools]:
         on_event(RunEvent("tools", one_line(f"without {', '.join(refused)}: {confinement}")))
     return replace(request, tools=tools)

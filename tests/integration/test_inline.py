@@ -157,7 +157,7 @@ def test_one_request_goes_the_whole_road_in_one_thread(
     assert (ack["status"], ack.get("durable", True)) == ("accepted", True)
     assert (received.channel, received.body) == ("callback", {"content": "The sea.", "hasMore": False})
     assert in_order(recorder.calls, ROAD) == []
-    assert recorder.threads == {"http", "relay"}  # its own, and the way out of its agent
+    assert recorder.threads == {"http", "relay", "supervisor"}  # its own, and those that an agent's connections need
     assert job_row(database_url, ack["request_id"])["state"] == "succeeded"
 
 
@@ -182,7 +182,7 @@ def test_a_build_goes_in_one_thread_too(application: Application, inbox: Inbox, 
     assert "send the task again" in contents([received])[0]
     road = ["building.py draft_request", "claude/worker.py run", "building.py read_draft", "store/subagents.py build"]
     assert in_order(recorder.calls, [*road, "store/jobs.py finish", "poke/api.py send"]) == []
-    assert recorder.threads == {"http", "relay"}  # its own, and the way out of its agent
+    assert recorder.threads == {"http", "relay", "supervisor"}  # its own, and those that an agent's connections need
 
 
 def test_a_failure_reaches_the_person_and_the_next_request_is_served(application: Application, inbox: Inbox) -> None:

@@ -21,12 +21,24 @@ from typing import Any
 
 import pytest
 
-from pokestrator.claude.confinement import ROOT, probe
+from pokestrator.claude import processes
+from pokestrator.claude.confinement import ROOT
 from pokestrator.claude.folders import PREFIX
 from pokestrator.claude.pool import Slots
+from pokestrator.claude.probing import probe
+from pokestrator.demo.local import LocalService
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.runs import RunRequest
-from tests.integration.agent_runs import agent_environment, agents, bash, ignore, scripted, tool_outputs, wait_until
+from tests.integration.agent_runs import (
+    agent_environment,
+    agents,
+    bash,
+    command_line,
+    ignore,
+    scripted,
+    tool_outputs,
+    wait_until,
+)
 
 INSIDE = Path(__file__).with_name("inside.py")
 NOBODY = 65_534
@@ -191,7 +203,29 @@ def _can(python: str, identity: Mapping[str, Any]) -> bool:
         return False
 
 
-FUNCTIONS = {function.__name__: function for function in (attack_all,)}
+def readers_of_environs() -> dict[str, int]:
+    """Who may read /proc/PID/environ of a service's processes: root alone, of those that hide their memory."""
+    environment = {
+        **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "PYTHONPATH")},
+        "DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none",
+        "POKESTRATOR_CONCURRENCY": "1",
+        "POKESTRATOR_DRAIN_SECONDS": "0",
+    }
+    with LocalService(environment) as service:
+        [slot, *_] = wait_until(lambda: [p for p in processes.descendants(service.pid) if _is_slot(p.pid)], 30)
+        wait_until(lambda: _owner(slot.pid) == 0, 30)  # it has to start first
+        return {"master": _owner(service.pid), "worker": _owner(slot.parent), "slot": _owner(slot.pid)}
+
+
+def _is_slot(pid: int) -> bool:
+    return "spawn_main" in command_line(pid)
+
+
+def _owner(pid: int) -> int:
+    return Path(f"/proc/{pid}/environ").stat().st_uid
+
+
+FUNCTIONS: dict[str, Any] = {function.__name__: function for function in (attack_all, readers_of_environs)}
 
 
 def main(arguments: Sequence[str]) -> None:

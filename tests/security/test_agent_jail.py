@@ -50,6 +50,13 @@ def test_everything_was_tried_and_nothing_but_the_relay_was_open(attacked: Attac
     assert {name for name, what in attacked["tries"].items() if what == "done"} == OPEN
 
 
+@attack("a process of the service's user reads its environment or memory in /proc", "only root may")
+def test_the_services_processes_hide_their_memory() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("whose the files are is seen only where we can be another user")
+    assert as_ordinary_user("readers_of_environs") == {"master": 0, "worker": 0, "slot": 0}
+
+
 # files -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pokestrator.claude.confinement import Confinement, probe
+from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.pool import Slots
+from pokestrator.claude.probing import probe
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.runs import ErrorKind
 from tests.integration.agent_runs import (
