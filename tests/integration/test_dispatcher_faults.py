@@ -50,7 +50,7 @@ def test_a_running_job_that_was_cancelled_has_its_run_ended(jobs: Jobs, history:
     with dispatching(database, runs, cancel_run=cancel_run):
         assert runs.wait_for(1)
         cancelled(history, job_id)
-        assert ended.wait(5)
+        assert ended.wait(20)
         runs.gate.set()
 
 
@@ -65,7 +65,7 @@ def test_upkeep_that_fails_costs_no_cancellation_and_is_no_lost_database(
         assert runs.wait_for(1)
         assert eventually(lambda: Unkept.tries)
         cancelled(history, job_id)
-        assert ended.wait(5)
+        assert ended.wait(20)
         assert dispatcher.database_error is None
         runs.gate.set()
     assert Unkept.tries == 1  # it has time
@@ -96,20 +96,20 @@ def test_the_drain_time_counts_from_the_signal(jobs: Jobs, database: Database, m
     # The dispatch thread is held up, as by a database that does not answer, and sees the signal late.
     runs, held_up, go_on = Runs(jobs), threading.Event(), threading.Event()
     insert(jobs)
-    with dispatching(database, runs, drain_seconds=2, abort_runs=runs.abort) as dispatcher:
+    with dispatching(database, runs, drain_seconds=4, abort_runs=runs.abort) as dispatcher:
         assert runs.wait_for(1)
 
         def hang(*_: Any) -> None:
             held_up.set()
-            assert go_on.wait(10)
+            assert go_on.wait(30)
 
         monkeypatch.setattr(dispatcher._sweeper, "work", hang)
-        assert held_up.wait(5)
+        assert held_up.wait(20)
         dispatcher.request_drain()
-        threading.Event().wait(2)  # all of the drain time
+        threading.Event().wait(4)  # all of the drain time
         go_on.set()
         started = time.monotonic()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 3.5
 
 
 def test_whatever_goes_wrong_while_it_drains_what_is_left_is_released(
