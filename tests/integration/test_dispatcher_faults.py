@@ -92,6 +92,29 @@ def test_a_job_for_which_there_is_no_thread_is_given_back_and_runs_later(
     assert (row["claim_seq"], row["interruptions"]) == (2, 0)
 
 
+def test_work_that_was_refused_for_want_of_a_thread_is_never_done(
+    jobs: Jobs, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refused, done, ended = threading.Thread.start, [], [], threading.Event()
+
+    def second() -> None:
+        done.append("second")
+        ended.set()
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name.startswith("job") and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with dispatching(database, Runs(jobs)) as dispatcher:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        assert not dispatcher.submit_from_memory(lambda: done.append("first"))  # its caller tries again
+        assert dispatcher.submit_from_memory(second)
+        assert ended.wait(20)
+    assert done == ["second"]
+
+
 def test_the_drain_time_counts_from_the_signal(jobs: Jobs, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     # The dispatch thread is held up, as by a database that does not answer, and sees the signal late.
     runs, held_up, go_on = Runs(jobs), threading.Event(), threading.Event()
