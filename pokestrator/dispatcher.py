@@ -109,12 +109,13 @@ class Dispatcher:
             self._from_memory -= 1
         return False
 
-    def _submit(self, work: Callable[..., None], *arguments: object) -> bool:
+    def _submit(self, work: Callable[..., object], *arguments: object) -> bool:
+        begun = threading.Lock()  # an executor without a thread for it keeps the work, and would begin it later
         try:
-            self._executor.submit(work, *arguments)
+            self._executor.submit(lambda: begun.acquire(blocking=False) and work(*arguments))
         except RuntimeError as error:  # the machine has no thread left for us
             log.error("no_thread", reason=str(error))
-            return False
+            return not begun.acquire(blocking=False)
         return True
 
     # drain -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def scripted(*steps: Mapping[str, Any], **changes: Any) -> RunRequest:
         "prompt": f"Task {uuid.uuid4()}. SCRIPT: {json.dumps(steps)}",
         "system_prompt": "You are being tested.",
         "model": "haiku",
-        "timeout_seconds": 20.0,  # ample: a busy machine takes seconds to warm a slot
+        "timeout_seconds": 40.0,  # ample: a busy machine takes seconds to warm a slot
         "tools": ("Bash",),
     }
     return RunRequest(**{**defaults, **changes})
@@ -106,7 +106,7 @@ def start(
     """Begin a run whose agent starts `sleep`; its future, and its CLI, once the sleep is there."""
     before = set(agents())
     future = threads.submit(claude.run, request, ignore)
-    assert wait_until(lambda: future.done() or running(sleep), 20), f"the agent has not started {sleep}"
+    assert wait_until(lambda: future.done() or running(sleep), 40), f"the agent has not started {sleep}"
     assert not future.done(), future.result()
     (agent,) = set(agents()) - before
     return future, agent

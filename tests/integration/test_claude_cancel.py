@@ -58,15 +58,16 @@ def test_a_cancelled_run_and_all_it_has_started_are_gone_and_the_other_run_goes_
     )
     command = f"env -i setsid nohup {escaped} >/dev/null 2>&1 & bash -c '{grandchild}; true' & {child}"
     cancelled, _ = start(threads, slots, scripted(bash(command), {"text": "Done."}, run_id="this"), child)
-    assert wait_until(lambda: running(grandchild) and running(escaped), 5)
+    assert wait_until(lambda: running(grandchild) and running(escaped), 20)
     began = time.monotonic()
     slots.cancel("this")
-    assert replace(cancelled.result(2), usage=ENDED.usage) == ENDED  # what it has cost until then is known
-    assert time.monotonic() - began < 2
+    # What it has cost until then is known.
+    assert replace(cancelled.result(20), usage=ENDED.usage) == ENDED
+    assert time.monotonic() - began < 6
     assert [running(sleep) for sleep in (child, grandchild, escaped)] == [[], [], []]
     assert running(other_sleep), "the other run's process was killed too"
     gate.touch()
-    assert other.result(5).text == "Fine."
+    assert other.result(20).text == "Fine."
     both = [threads.submit(slots.run, scripted({"text": "Next."}, run_id="this"), ignore) for _ in range(2)]
     assert [future.result(20).text for future in both] == ["Next.", "Next."]
     assert agents() == []
@@ -79,11 +80,11 @@ def test_a_run_that_waits_for_a_slot_is_cancelled_promptly(
     first, _ = start(threads, one_slot, scripted(escaping(sleep, gate), {"text": "First."}, run_id="first"), sleep)
     second = threads.submit(one_slot.run, scripted({"text": "Second."}, run_id="second"), ignore)
     third = threads.submit(one_slot.run, scripted({"text": "Third."}, run_id="third"), ignore)
-    assert wait_until(lambda: one_slot.cancel("second") or second.done(), 0.5)
+    assert wait_until(lambda: one_slot.cancel("second") or second.done(), 5)
     assert second.result() == ENDED
     assert not first.done()
     gate.touch()
-    assert first.result(5).text == "First."
+    assert first.result(20).text == "First."
     assert third.result(20).text == "Third."
 
 
@@ -102,7 +103,7 @@ def test_a_run_that_is_cancelled_again_and_again_from_its_start_ends_at_once(
     one_slot: Slots, threads: ThreadPoolExecutor
 ) -> None:
     future = threads.submit(one_slot.run, scripted({"hang": 60}, run_id="this"), ignore)
-    assert wait_until(lambda: one_slot.cancel("this") or future.done(), 2)
+    assert wait_until(lambda: one_slot.cancel("this") or future.done(), 10)
     assert future.result() == ENDED
     assert one_slot.run(scripted({"text": "Next."}, run_id="this"), ignore).text == "Next."
 
@@ -131,12 +132,12 @@ def test_inline_a_cancelled_run_ends_with_all_it_has_started(api: MessagesApi, t
     child, escaped = unique_sleep(), unique_sleep()
     command = f"env -i setsid nohup {escaped} >/dev/null 2>&1 & {child}"
     future, _ = start(threads, claude, scripted(bash(command), {"text": "Done."}, run_id="this"), child)
-    assert wait_until(lambda: running(escaped), 5)
+    assert wait_until(lambda: running(escaped), 20)
     claude.cancel("other")
     claude.cancel("")
     assert running(child), "cancelled by another id"
     claude.cancel("this")
-    result = future.result(2)
+    result = future.result(20)
     assert (result.error, result.detail) == (ErrorKind.AGENT_CRASHED, "cancelled")
     assert [running(child), running(escaped), agents()] == [[], [], []]
     assert claude.run(scripted({"text": "Next."}, run_id="this"), ignore).text == "Next."
@@ -152,7 +153,7 @@ def test_inline_a_run_that_is_cancelled_before_its_agent_is_there_does_not_ask_t
     while not list(tmp_path.iterdir()):  # the run's folder comes right before its agent
         assert not future.done()
     claude.cancel("this")
-    result = future.result(5)
+    result = future.result(20)
     assert (result.error, result.detail) == (ErrorKind.AGENT_CRASHED, "cancelled")
     assert len(api.requests) == seen
     assert agents() == []
@@ -165,7 +166,7 @@ def test_inline_a_run_that_waits_for_its_turn_is_cancelled_promptly_and_alone(
     sleep, gate = unique_sleep(), tmp_path / "gate"
     first, _ = start(threads, claude, scripted(escaping(sleep, gate), {"text": "First."}, run_id="first"), sleep)
     second = threads.submit(claude.run, scripted({"text": "Second."}, run_id="second"), ignore)
-    assert wait_until(lambda: claude.cancel("second") or second.done(), 0.5)
+    assert wait_until(lambda: claude.cancel("second") or second.done(), 5)
     assert second.result() == ENDED
     gate.touch()
-    assert first.result(5).text == "First."
+    assert first.result(20).text == "First."

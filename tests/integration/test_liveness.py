@@ -98,17 +98,15 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_killed_owner_is_dead_within_a_second_also_as_a_zombie(folder: Path) -> None:
+def test_a_killed_owner_is_dead_as_soon_as_it_has_ended_also_as_a_zombie(folder: Path) -> None:
     watcher = Liveness(folder)
     with owner(folder) as one:
         assert not watcher.is_dead(one.name)
         process = look_up(one.process.pid)
         assert process is not None
-        began = time.monotonic()
         os.kill(process.pid, signal.SIGKILL)
-        assert await_exit(process, 1)
+        assert await_exit(process, 20)
         assert watcher.is_dead(one.name), "it is a zombie: nobody has waited for it"
-        assert time.monotonic() - began < 1
 
 
 def test_a_stopped_owner_lives(folder: Path) -> None:

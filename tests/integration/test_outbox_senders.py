@@ -60,7 +60,7 @@ def test_a_slow_callback_url_holds_up_nobody_elses_callback(
         delivery.wake()
         for job_id in quick:
             reaches(database_url, job_id, "delivered")
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 15  # a slow one takes 30
         assert len(slow.received) == PER_RECEIVER
     assert sum(callback_row(database_url, job_id)["attempts"] for job_id in held_up) == PER_RECEIVER
 
@@ -74,7 +74,7 @@ def test_a_slow_message_api_holds_up_no_callback_url(
         assert len(slow.wait_for(PER_RECEIVER, 10)) == PER_RECEIVER
         quick = finished(jobs, "By callback.", inbox=inbox)
         delivery.wake()
-        reaches(database_url, quick, "delivered", 4)
+        reaches(database_url, quick, "delivered")
         assert len(slow.received) == PER_RECEIVER
 
 
@@ -89,7 +89,7 @@ def test_a_slow_host_with_another_url_for_each_callback_leaves_half_of_the_sende
         delivery.wake()
         for job_id in quick:
             reaches(database_url, job_id, "delivered")
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 15  # a slow one takes 30
         assert len(slow.wait_for(PER_HOST + 1, 1.5)) == PER_HOST  # a second and more: the poll has looked again
     assert sum(callback_row(database_url, job_id)["attempts"] for job_id in held_up) == PER_HOST
 
@@ -222,7 +222,7 @@ def test_leaving_breaks_a_slow_receiver_off_and_another_instance_sends_it_again(
     assert slow.wait_for(1, 10)
     started = time.monotonic()
     leaving.close(0.3)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # of the 30 that the receiver takes
     assert senders() == []
     assert eventually(lambda: [each for each in threading.enumerate() if each.name.startswith("delivery")] == [])
     row = callback_row(database_url, job_id)
@@ -259,7 +259,7 @@ def test_what_could_not_be_sent_any_more_is_left_to_others_as_if_never_claimed(
     assert (row["state"], row["lease_until"], row["last_error"]) == ("pending", None, None)
     assert row["attempts"] == row["attempts_before"] > 0
     with delivering(database, inbox):
-        reaches(database_url, job_id, "delivered", 4)
+        reaches(database_url, job_id, "delivered")
     assert len(inbox.received) == 1
 
 
@@ -279,7 +279,7 @@ def test_the_time_to_leave_is_what_the_first_stop_said(
 def test_a_delivery_that_was_never_started_can_be_closed(database: Database, inbox: Inbox) -> None:
     started = time.monotonic()
     Delivery(Callbacks(database), Poke(inbox.message_url, POKE_KEY, dry_run=False, callback_hosts=HERE)).close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
 
 
 # from memory ---------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_stopping_ends_what_is_sent_from_memory(
         sender.start()
         assert inbox.wait_for(1, 10)
         delivery.stop(0.2)
-        sender.join(4)
+        sender.join(15)
         assert not sender.is_alive()
     assert [entry["event"] for entry in logs][-1] == "callback_lost"
     assert len(inbox.received) == 1

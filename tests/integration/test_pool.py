@@ -21,7 +21,7 @@ from pokestrator.store.pool import Connection, ConnectionSource, Database, Line
 from tests.integration.freezing import FreezablePostgres
 
 WITHIN = 1.2
-GRACE = 0.3
+GRACE = 1.0  # of a busy machine; what does not keep its time takes twice as long, or 2 s to connect
 POOL_SIZE = 5
 
 # At COMMIT each row does its deed.

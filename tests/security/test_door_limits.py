@@ -109,7 +109,9 @@ def test_more_tasks_than_may_be_are_refused_and_not_stored(door: Door, caller: s
     assert door.tasks() == stored + UNFINISHED
     if caller:  # the same words again are the same task, and no new one
         assert door.orchestrate(tasks[0], **who)["structuredContent"]["duplicate"] is True
-    assert "structuredContent" in door.orchestrate("Split a bill of 90 between 3 people", X_Poke_User_Id=f"other-{caller}")
+    assert "structuredContent" in door.orchestrate(
+        "Split a bill of 90 between 3 people", X_Poke_User_Id=f"other-{caller}"
+    )
 
 
 def test_tasks_of_a_minute_are_counted_by_both_workers_together(door: Door) -> None:
