@@ -116,7 +116,7 @@ class Runner:
             return lacking
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
-        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask_noting(job, request)
         return outcome_of(result, request.timeout_seconds)
 
     def _reserve(self, job: Job, usd: float) -> Outcome | None:
@@ -144,7 +144,7 @@ class Runner:
         request = replace(request, run_id=job.run_id, max_budget_usd=budget)
         if lacking := self._reserve(job, budget):
             return lacking
-        result = self._ask(request, lambda event: self._note(job, event.kind, event.text))
+        result = self._ask_noting(job, request)
         if result.error is not None:
             return outcome_of(result, request.timeout_seconds)
         try:
@@ -174,6 +174,11 @@ class Runner:
         result = self._ask(request, _ignore)
         self._from_memory.settle(request.max_budget_usd, result.usage.cost_usd)
         return outcome_of(result, request.timeout_seconds)
+
+    def _ask_noting(self, job: Job, request: RunRequest) -> RunResult:
+        """A run of Claude for a stored job. What is kept of it holds no credential, another subagent's neither."""
+        with self._redactor.also(self._credentials.every_value()):
+            return self._ask(request, lambda event: self._note(job, event.kind, event.text))
 
     def _ask(self, request: RunRequest, on_event: Callable[[RunEvent], None]) -> RunResult:
         """A run of Claude, nothing of which holds a secret that is known here."""

@@ -25,6 +25,8 @@ REMOVE = "DELETE FROM credentials WHERE name = %s"
 
 VALUES = "SELECT name, secret FROM credentials WHERE name = ANY (%s)"
 
+EVERY = "SELECT secret FROM credentials"
+
 NOT_STORED = "is not stored"
 
 
@@ -39,7 +41,7 @@ class Entry:
 
 
 class Credentials:
-    """The credentials table. Values leave it by values() alone."""
+    """The credentials table. Values leave it by values() and every_value() alone."""
 
     def __init__(self, source: ConnectionSource, vault: Vault) -> None:
         self._source = source
@@ -79,6 +81,12 @@ class Credentials:
             else:
                 found[name] = value
         return found, missing
+
+    def every_value(self) -> Sequence[str]:
+        """All that can be decrypted, for whoever takes secrets out of texts."""
+        with self._source.connection() as connection:
+            secrets = [row["secret"] for row in connection.execute(EVERY)]
+        return [value for value, _ in map(self._open, secrets) if value is not None]
 
     def _open(self, secret: str) -> tuple[str | None, str]:
         """A value, or None and why it cannot be decrypted."""

@@ -11,7 +11,7 @@ from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.redaction import Redactor
 from pokestrator.running import Runner, RunPolicy
-from pokestrator.runs import ErrorKind, RunRequest, RunResult
+from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.store.budgets import Budgets
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.history import History
@@ -27,10 +27,12 @@ class Player:
 
     def __init__(self) -> None:
         self.asked: list[RunRequest] = []
+        self.answer = "A poem."
 
     def run(self, request: RunRequest, on_event: Callable[[Any], None]) -> RunResult:
         self.asked.append(request)
-        return RunResult(text="A poem.")
+        on_event(RunEvent("text", self.answer))
+        return RunResult(text=self.answer)
 
     def cancel(self, run_id: str) -> None: ...
 
@@ -88,6 +90,17 @@ def test_a_run_gets_what_its_version_lists_and_nothing_else(
     assert claude.asked[0].variables == {"SEA_KEY": "value-of-SEA_KEY", "SHIP_KEY": "value-of-SHIP_KEY"}
     run(database_url)
     assert claude.asked[1].variables == {}
+
+
+def test_a_run_that_says_another_subagents_credential_is_not_kept_with_it(
+    run: Run, claude: Player, credentials: Credentials, history: History, database_url: str
+) -> None:
+    credentials.set("LAND_KEY", "value-of-LAND_KEY")
+    claude.answer = "A page told me value-of-LAND_KEY."
+    outcome, row = run(database_url)
+    assert outcome.text == "A page told me [secret]."
+    assert [event.text for event in history.timeline(row["id"]) if event.kind == "text"] == [outcome.text]
+    assert claude.asked[0].variables == {}
 
 
 def test_without_one_that_is_needed_nothing_is_run_and_with_it_the_next_attempt_works(
