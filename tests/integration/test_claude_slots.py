@@ -44,12 +44,16 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots) -> None:
-    sleep = unique_sleep()
+def test_nothing_that_an_agent_started_outlives_its_run(slots: Slots, tmp_path: Path) -> None:
+    sleep, gate = unique_sleep(), tmp_path / "gate"
     seen: list[int] = []
-    result = slots.run(
-        scripted(escaping(sleep), {"text": "Done."}), lambda _: seen.extend(wait_until(lambda: running(sleep), 10))
-    )
+
+    def look(_: object) -> None:  # while the command waits at the gate
+        if not gate.exists():
+            seen.extend(wait_until(lambda: running(sleep), 20))
+            gate.touch()
+
+    result = slots.run(scripted(escaping(sleep, gate), {"text": "Done."}), look)
     assert result.text == "Done."
     assert seen, "the process was never there"
     assert running(sleep) == []

@@ -130,12 +130,12 @@ def test_what_an_agent_waits_for_ends_with_its_run(relay: Relay, api: MessagesAp
     with admitted(relay) as run:
         asking = threading.Thread(target=ask)
         asking.start()
-        assert wait_until(lambda: len(api.requests) > asked, 5)
+        assert wait_until(lambda: len(api.requests) > asked, 20)
         began = time.monotonic()
-    asking.join(5)
+    asking.join(20)
     assert not asking.is_alive()
-    assert time.monotonic() - began < 2
-    assert wait_until(lambda: relay_threads() == before, 2)
+    assert time.monotonic() - began < 10, "it waited for the answer"
+    assert wait_until(lambda: relay_threads() <= before, 20)  # fewer, if an earlier test's was only just ending
 
 
 class KeepsConnections(BaseHTTPRequestHandler):
