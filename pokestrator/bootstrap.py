@@ -33,6 +33,7 @@ from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import IDLE_SECONDS, Database, Line
 from pokestrator.store.recovery import Recovery
 from pokestrator.store.rows import WAKE_CHANNEL
+from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Template
@@ -195,6 +196,7 @@ def build(
     runner = Runner(
         jobs=jobs,
         subagents=subagents,
+        shortlists=Shortlists(database),
         credentials=Credentials(database, vault),
         budgets=budgets,
         templates=templates,

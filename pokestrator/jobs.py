@@ -51,6 +51,13 @@ class CallbackState(StrEnum):
     DEAD = "dead"
 
 
+class Verdict(StrEnum):
+    """What a person said of a result."""
+
+    GOOD = "good"
+    BAD = "bad"
+
+
 @dataclass(frozen=True)
 class CallbackTarget:
     """Where a request asked its answer to be sent (`X-Poke-Callback-Url` and `X-Poke-Callback-Token`)."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pokestrator.jobs import Route
-from pokestrator.store.subagents import Candidate
+from pokestrator.store.shortlist import Candidate
 from pokestrator.subagents import Template
 
 CLEAR = 0.6  # score from which a candidate may be taken

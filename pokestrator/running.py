@@ -18,6 +18,7 @@ from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, 
 from pokestrator.store.budgets import Budgets, Reservation
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
+from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
 from pokestrator.telemetry import get_logger, one_line
@@ -73,6 +74,7 @@ class Runner:
         *,
         jobs: Jobs,
         subagents: Subagents,
+        shortlists: Shortlists,
         credentials: Credentials,
         budgets: Budgets,
         templates: Sequence[Template],
@@ -82,6 +84,7 @@ class Runner:
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
+        self._shortlists = shortlists
         self._credentials = credentials
         self._budgets = budgets
         self._from_memory = MemoryBudget(budgets.most_usd)
@@ -92,7 +95,7 @@ class Runner:
 
     def outcome(self, job: Job) -> Outcome:
         """Run a claimed job, from its route to its result. Raises LeaseLost, StoreUnavailable."""
-        decision = decide(self._subagents.candidates(job.task, tuple(self._templates.values())))
+        decision = decide(self._shortlists.candidates(job.task, tuple(self._templates.values())))
         log.info("routed", request_id=str(job.id), route=decision.route, subagent=decision.name, reason=decision.reason)
         if decision.route is Route.BUILD_NEW:
             self._jobs.record_route(job, decision.route, decision.reason)

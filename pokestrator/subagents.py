@@ -44,12 +44,21 @@ class Origin(StrEnum):
     TEMPLATE = "template"
 
 
+class State(StrEnum):
+    """Where a subagent is in its life."""
+
+    PROBATION = "probation"  # new: Claude has to confirm each match, until two runs went well
+    ACTIVE = "active"
+    ARCHIVED = "archived"  # never matched; its name, versions and examples are kept
+
+
 class Author(StrEnum):
-    """Who wrote a version."""
+    """Who wrote a version, or an example."""
 
     DRAFTER = "drafter"
     TEMPLATE = "template"
     OWNER = "owner"
+    PERSON = "person"  # an example: somebody's task, which was done well
 
 
 class Definition(BaseModel):
@@ -130,6 +139,7 @@ class Subagent:
     origin: Origin
     version: int
     definition: Definition
+    state: State = State.ACTIVE
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,101 +1,24 @@
-"""Subagents in PostgreSQL: names, their immutable versions, the tasks they take, and the search over them."""
+"""Subagents in PostgreSQL: how they come in, by template or by draft, and how they are read."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from psycopg.rows import DictRow
-from psycopg.types.json import Jsonb
 
 from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Job
+from pokestrator.store.examples import add_examples, replace_template_examples
 from pokestrator.store.pool import Connection, ConnectionSource
+from pokestrator.store.versions import CURRENT, insert_version, subagent_of
 from pokestrator.subagents import Author, Definition, Draft, Origin, Subagent, Template
-
-SHORTLIST = 20
 
 INSERT_SUBAGENT = """
 INSERT INTO subagents (name, origin, version) VALUES (%s, %s, 1) ON CONFLICT (name) DO NOTHING RETURNING id"""
 
-INSERT_VERSION = """
-INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, model, max_turns,
-    timeout_seconds, max_budget_usd, credentials, optional_credentials, hosts, digest)
-VALUES (%(subagent_id)s, %(version)s, %(author)s, %(description)s, %(system_prompt)s, %(tools)s, %(model)s,
-    %(max_turns)s, %(timeout_seconds)s, %(max_budget_usd)s, %(credentials)s, %(optional_credentials)s, %(hosts)s,
-    %(digest)s)"""
-
-INSERT_EXAMPLE = """
-INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), %s) ON CONFLICT DO NOTHING"""
-
-DELETE_TEMPLATE_EXAMPLES = "DELETE FROM subagent_examples WHERE subagent_id = %s AND source = 'template'"
-
-# The name's words, the description and the examples: `document` here and in CANDIDATES must be made alike.
-REFRESH_SEARCH = """
-UPDATE subagents SET search = searchable(concat_ws(' ', replace(subagents.name, '_', ' '), v.description,
-    (SELECT string_agg(task, ' ') FROM subagent_examples e WHERE e.subagent_id = subagents.id)))
-FROM subagent_versions v
-WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagents.version"""
-
-CURRENT = """
-SELECT s.id, s.name, s.origin, s.version, v.author, v.description, v.system_prompt, v.tools, v.model, v.max_turns,
-    v.timeout_seconds, v.max_budget_usd, v.credentials, v.optional_credentials, v.hosts, v.digest, s.created_at
-FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version"""
-
 HOLD_CLAIM = "SELECT id FROM jobs WHERE id = %s AND claim_seq = %s AND state = 'running' FOR SHARE"
-
-# Full-text search finds stored subagents that share a word with the task (any word, the best SHORTLIST by rank);
-# templates that are not stored yet are candidates beside them. For each: the task's lexemes that it knows, and its
-# most similar example (shared lexemes over all lexemes of both).
-CANDIDATES = """
-WITH task AS (
-    SELECT lexemes, coalesce((SELECT string_agg(quote_lexeme, ' | ') FROM (
-            SELECT '''' || replace(replace(l, '\\', '\\\\'), '''', '''''') || '''' AS quote_lexeme
-            FROM unnest(lexemes) l) q), '')::tsquery AS any_of
-    FROM (SELECT tsvector_to_array(searchable(%(task)s)) AS lexemes) t
-), stored AS (
-    SELECT s.id, s.name, s.search FROM subagents s, task
-    WHERE s.search @@ task.any_of ORDER BY ts_rank(s.search, task.any_of) DESC, s.id LIMIT %(limit)s
-), templates AS (
-    SELECT t.name, t.examples, searchable(concat_ws(' ', replace(t.name, '_', ' '), t.description,
-        (SELECT string_agg(e, ' ') FROM jsonb_array_elements_text(t.examples) e))) AS search
-    FROM jsonb_to_recordset(%(templates)s) AS t (name text, description text, examples jsonb)
-    WHERE t.name NOT IN (SELECT name FROM subagents)
-), candidates AS (
-    SELECT name, true AS is_stored, search,
-        ARRAY(SELECT tsvector_to_array(e.search)::text FROM subagent_examples e WHERE e.subagent_id = stored.id)
-            AS examples
-    FROM stored
-    UNION ALL
-    SELECT name, false, search,
-        ARRAY(SELECT tsvector_to_array(searchable(e))::text FROM jsonb_array_elements_text(examples) e)
-    FROM templates
-)
-SELECT name, is_stored, task.lexemes,
-    ARRAY(SELECT unnest(task.lexemes) INTERSECT SELECT unnest(tsvector_to_array(candidates.search)) ORDER BY 1)
-        AS shared,
-    coalesce((SELECT max(
-        (SELECT count(*) FROM unnest(e::text[]) l WHERE l = ANY (task.lexemes))::float
-        / nullif((SELECT count(DISTINCT l) FROM unnest(e::text[] || task.lexemes) l), 0))
-        FROM unnest(examples) e), 0) AS similarity
-FROM candidates, task"""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A stored subagent or a template, measured against a task.
-
-    `lexemes`: the task's own; `shared`: those of them that stand in the candidate's name, description or examples.
-    `similarity`: 0 to 1, of the task and its most similar example (Jaccard index of their lexemes).
-    """
-
-    name: str
-    is_stored: bool
-    lexemes: tuple[str, ...]
-    shared: tuple[str, ...]
-    similarity: float
 
 
 class Subagents:
@@ -104,24 +27,14 @@ class Subagents:
     def __init__(self, source: ConnectionSource) -> None:
         self._source = source
 
-    def candidates(self, task: str, templates: Sequence[Template]) -> list[Candidate]:
-        """Stored subagents and templates that may fit the task, in no order."""
-        described = [{"name": t.name, "description": t.description, "examples": list(t.examples)} for t in templates]
-        with self._source.connection() as connection:
-            values = {"task": task, "limit": SHORTLIST, "templates": Jsonb(described)}
-            return [
-                Candidate(row["name"], row["is_stored"], tuple(row["lexemes"]), tuple(row["shared"]), row["similarity"])
-                for row in connection.execute(CANDIDATES, values)
-            ]
-
     def get(self, name: str) -> Subagent | None:
         with self._source.connection() as connection:
             row = connection.execute(f"{CURRENT} WHERE s.name = %s", [name]).fetchone()
-        return _subagent(row) if row else None
+        return subagent_of(row) if row else None
 
     def all(self) -> list[Subagent]:
         with self._source.connection() as connection:
-            return [_subagent(row) for row in connection.execute(f"{CURRENT} ORDER BY s.id")]
+            return [subagent_of(row) for row in connection.execute(f"{CURRENT} ORDER BY s.id")]
 
     def names(self, limit: int) -> list[str]:
         """The names in use, newest first."""
@@ -134,8 +47,8 @@ class Subagents:
         with self._source.connection() as connection:
             row, created = _insert(connection, template.name, Origin.TEMPLATE, Author.TEMPLATE, template)
             if created:
-                _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
-        return _subagent(row)
+                add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
+        return subagent_of(row)
 
     def build(self, draft: Draft, cause: str, *, since: datetime, claim: Job | None = None) -> Subagent:
         """Store a draft; `cause`, the task it was drafted for, is its first example.
@@ -152,8 +65,8 @@ class Subagents:
                 row, created = _insert(connection, name, Origin.BUILT, Author.DRAFTER, draft.definition())
                 if not created and row["created_at"] < since:
                     continue
-                _add_examples(connection, row["id"], (cause, *draft.examples) if created else (cause,), Author.DRAFTER)
-            return _subagent(row)
+                add_examples(connection, row["id"], (cause, *draft.examples) if created else (cause,), Author.DRAFTER)
+            return subagent_of(row)
         raise AssertionError("count() has no end")
 
     def follow(self, templates: Sequence[Template]) -> list[str]:
@@ -169,10 +82,9 @@ class Subagents:
                 if row is None or row["author"] != Author.TEMPLATE or row["digest"] == template.digest():
                     continue
                 version = row["version"] + 1
-                _insert_version(connection, row["id"], version, Author.TEMPLATE, template)
+                insert_version(connection, row["id"], version, Author.TEMPLATE, template)
                 connection.execute("UPDATE subagents SET version = %s WHERE id = %s", [version, row["id"]])
-                connection.execute(DELETE_TEMPLATE_EXAMPLES, [row["id"]])
-                _add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
+                replace_template_examples(connection, row["id"], template.examples)
             changed.append(template.name)
         return changed
 
@@ -190,27 +102,7 @@ def _insert(
     # Of two that store one name at once, the second waits here for the first to commit.
     created = connection.execute(INSERT_SUBAGENT, [name, origin]).fetchone()
     if created:
-        _insert_version(connection, created["id"], 1, author, definition)
+        insert_version(connection, created["id"], 1, author, definition)
     row = connection.execute(f"{CURRENT} WHERE s.name = %s FOR UPDATE OF s", [name]).fetchone()
     assert row is not None, "inserted or found above"
     return row, created is not None
-
-
-def _insert_version(
-    connection: Connection, subagent_id: int, version: int, author: Author, definition: Definition
-) -> None:
-    fields = definition.model_dump(include=set(Definition.model_fields))
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    keys = {"subagent_id": subagent_id, "version": version, "author": author, "digest": definition.digest()}
-    connection.execute(INSERT_VERSION, {**values, **keys})
-
-
-def _add_examples(connection: Connection, subagent_id: int, tasks: Sequence[str], source: Author) -> None:
-    for task in tasks:
-        connection.execute(INSERT_EXAMPLE, [subagent_id, task, source])
-    connection.execute(REFRESH_SEARCH, [subagent_id])
-
-
-def _subagent(row: DictRow) -> Subagent:
-    definition = Definition(**{name: row[name] for name in Definition.model_fields})
-    return Subagent(row["id"], row["name"], Origin(row["origin"]), row["version"], definition)

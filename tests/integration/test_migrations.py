@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pokestrator.errors import StoreUnavailable
-from pokestrator.jobs import CallbackState, Channel, JobState, Route
+from pokestrator.jobs import CallbackState, Channel, JobState, Route, Verdict
 from pokestrator.runs import ErrorKind
 from pokestrator.store.migrate import Migration, MigrationChanged, load_migrations, migrate
 from pokestrator.store.pool import Database
-from pokestrator.subagents import Author, Origin
+from pokestrator.subagents import Author, Origin, State
 from tests.integration.flow import Forwarder, rows
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,8 @@ def test_numbers_of_migrations_are_unique_and_rise_with_their_names() -> None:
         ("callback_state", CallbackState),
         ("subagent_origin", Origin),
         ("version_author", Author),
+        ("subagent_state", State),
+        ("verdict", Verdict),
         ("error_kind", ErrorKind),
     ],
 )
@@ -119,7 +121,7 @@ def test_an_enum_of_postgresql_has_the_words_of_its_python_twin(
 
 def test_every_enum_of_postgresql_has_a_python_twin(database_url: str) -> None:
     found = rows(database_url, "SELECT count(DISTINCT enumtypid) AS enums FROM pg_enum")
-    assert found[0]["enums"] == 7
+    assert found[0]["enums"] == 9
 
 
 def test_a_server_that_cannot_be_reached_is_store_unavailable(empty_database_url: str) -> None:

@@ -18,6 +18,7 @@ from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from pokestrator.store.secrets import Vault, new_key
+from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from tests.integration.flow import POET_TASK, job_row, poet, quiet_task
 
@@ -61,6 +62,7 @@ def run(
         runner = Runner(
             jobs=jobs,
             subagents=subagents,
+            shortlists=Shortlists(database),
             credentials=credentials,
             budgets=Budgets(database, 20.0, 10.0),
             templates=templates,
@@ -149,6 +151,7 @@ def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, 
     runner = Runner(
         jobs=Jobs(away),
         subagents=Subagents(away),
+        shortlists=Shortlists(away),
         credentials=Credentials(away, Vault()),
         budgets=Budgets(away, 20.0, 10.0),
         templates=[poet(**{field: ["SEA_KEY"]})],

@@ -15,6 +15,7 @@ from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.errors import StoreUnavailable
 from pokestrator.jobs import Job, JobState, NewJob, Route
 from pokestrator.runs import ErrorKind, sentence
+from pokestrator.store.shortlist import Shortlists
 from pokestrator.subagents import Origin
 from tests.integration.flow import (
     POET_TASK,
@@ -339,7 +340,7 @@ def test_an_end_that_cannot_be_written_waits_for_the_database(
 def test_a_run_that_the_database_stopped_is_released_and_not_counted_as_interrupted(
     application: Application, inbox: Inbox, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    candidates = application.subagents.candidates
+    candidates = Shortlists.candidates
     asked: list[str] = []
 
     def away_once(*arguments: Any) -> Any:
@@ -348,7 +349,7 @@ def test_a_run_that_the_database_stopped_is_released_and_not_counted_as_interrup
             raise StoreUnavailable("the connection was lost")
         return candidates(*arguments)
 
-    monkeypatch.setattr(application.subagents, "candidates", away_once)
+    monkeypatch.setattr(Shortlists, "candidates", away_once)
     job = task(POET_TASK, {"text": "After all."})
     application.accept(job)
     assert contents(inbox.wait_for(1, 20)) == ["After all."]

@@ -16,7 +16,8 @@ from pokestrator.intake import new_job
 from pokestrator.jobs import Route
 from pokestrator.routing import Decision, decide
 from pokestrator.store.jobs import Jobs
-from pokestrator.store.subagents import Candidate, Subagents
+from pokestrator.store.shortlist import Candidate, Shortlists
+from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Author, Origin, Template
 from tests.integration.flow import POET_TASK, UNFITTING_TASK, draft, poet, row, rows
@@ -49,13 +50,13 @@ def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
 
 
 def candidate(subagents: Subagents, task: str, name: str, templates: tuple[Template, ...] = ()) -> Candidate | None:
-    found = [each for each in subagents.candidates(task, templates) if each.name == name]
+    found = [each for each in Shortlists(subagents._source).candidates(task, templates) if each.name == name]
     assert len(found) <= 1, "a candidate is listed once"
     return found[0] if found else None
 
 
 def decision(subagents: Subagents, task: str, templates: tuple[Template, ...] = ()) -> Decision:
-    return decide(subagents.candidates(task, templates))
+    return decide(Shortlists(subagents._source).candidates(task, templates))
 
 
 def write_owner_version(url: str, name: str) -> None:

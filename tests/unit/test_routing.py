@@ -6,7 +6,7 @@ import pytest
 
 from pokestrator.jobs import Route
 from pokestrator.routing import ASKING, CLEAR, FEWEST_SHARED, MARGIN, decide, decide_from_memory, score
-from pokestrator.store.subagents import Candidate
+from pokestrator.store.shortlist import Candidate
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import Template
 
