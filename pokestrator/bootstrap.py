@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pokestrator.asking import Asker
 from pokestrator.claude import processes
 from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.pool import Claude, Slots
@@ -193,15 +194,14 @@ def build(
     policy = RunPolicy(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
+    credentials = Credentials(database, vault)
     runner = Runner(
         jobs=jobs,
         subagents=subagents,
         shortlists=Shortlists(database),
-        credentials=Credentials(database, vault),
-        budgets=budgets,
+        credentials=credentials,
         templates=templates,
-        claude=runs,
-        redactor=redactor,
+        asker=Asker(jobs=jobs, credentials=credentials, budgets=budgets, claude=runs, redactor=redactor),
         policy=policy,
     )
     service = Service(

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Literal
 
+from pokestrator.asking import Asker, failed, outcome_of
 from pokestrator.building import draft_request, read_draft, task_text
-from pokestrator.claude.pool import Claude
-from pokestrator.errors import InvalidDefinition, StoreUnavailable
+from pokestrator.errors import InvalidDefinition
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
-from pokestrator.redaction import Redactor, redacted
 from pokestrator.routing import Decision, decide, decide_from_memory
-from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, sentence
-from pokestrator.store.budgets import Budgets, Reservation
+from pokestrator.runs import ErrorKind, RunRequest, sentence
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Definition, Subagent, Template
-from pokestrator.telemetry import get_logger, one_line
+from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
 NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
 DEFAULT_MAX_TURNS = 30
 DEFAULT_MAX_BUDGET_USD = 1.0
-
-BUDGET_IS_HELD = (
-    "I couldn't start this: other tasks hold what is left of today's budget for Claude; please send it again in a few "
-    "minutes."
-)
 
 
 @dataclass(frozen=True)
@@ -76,21 +69,17 @@ class Runner:
         subagents: Subagents,
         shortlists: Shortlists,
         credentials: Credentials,
-        budgets: Budgets,
         templates: Sequence[Template],
-        claude: Claude,
-        redactor: Redactor,
+        asker: Asker,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
         self._shortlists = shortlists
         self._credentials = credentials
-        self._budgets = budgets
-        self._from_memory = MemoryBudget(budgets.most_usd)
+        self._from_memory = MemoryBudget(policy.most_usd)
         self._templates = {template.name: template for template in templates}
-        self._claude = claude
-        self._redactor = redactor
+        self._asker = asker
         self._policy = policy
 
     def outcome(self, job: Job) -> Outcome:
@@ -115,27 +104,15 @@ class Runner:
         if unknown := {name: why for name, why in missing.items() if name in needed}:
             return _without(unknown)
         request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id, found)
-        if lacking := self._reserve(job, spent_usd + request.max_budget_usd):
+        if lacking := self._asker.reserve(job, spent_usd + request.max_budget_usd):
             return lacking
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
-        result = self._ask_noting(job, request)
+        result = self._asker.ask(job, request)
         return outcome_of(result, request.timeout_seconds)
 
-    def _reserve(self, job: Job, usd: float) -> Outcome | None:
-        """How the job ends, or that it waits, when a ceiling is in the way of a run that may cost so much."""
-        match self._budgets.reserve(job, usd):
-            case Reservation.MADE:
-                return None
-            case Reservation.MUST_WAIT:
-                detail = f"other runs hold what is left of today's budget; this one may cost {usd:g} US dollars"
-                return Outcome(JobState.FAILED, BUDGET_IS_HELD, ErrorKind.BUDGET_SPENT, detail, is_transient=True)
-            case Reservation.TOO_LATE:
-                detail = f"today's budget has less left than the {usd:g} US dollars that this run may cost"
-                return failed(ErrorKind.BUDGET_SPENT, detail)
-
     def _build(self, job: Job) -> Outcome:
-        self._note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
+        self._asker.note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
         request = draft_request(
             job.task,
             job.metadata,
@@ -145,9 +122,9 @@ class Runner:
         )
         budget = min(request.max_budget_usd, self._policy.most_usd)
         request = replace(request, run_id=job.run_id, max_budget_usd=budget)
-        if lacking := self._reserve(job, budget):
+        if lacking := self._asker.reserve(job, budget):
             return lacking
-        result = self._ask_noting(job, request)
+        result = self._asker.ask(job, request)
         if result.error is not None:
             return outcome_of(result, request.timeout_seconds)
         try:
@@ -155,7 +132,7 @@ class Runner:
         except InvalidDefinition as error:
             return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
         subagent = self._subagents.build(draft, job.task, since=job.created_at, claim=job)
-        self._note(job, "built", f"{subagent.name}: {subagent.definition.description}")
+        self._asker.note(job, "built", f"{subagent.name}: {subagent.definition.description}")
         log.info("built", request_id=str(job.id), subagent=subagent.name)
         if self._policy.after_build == "run":
             outcome = self._run_agent(job, subagent, result.usage.cost_usd)
@@ -174,28 +151,9 @@ class Runner:
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))
         if not self._from_memory.reserve(request.max_budget_usd):
             return failed(ErrorKind.BUDGET_SPENT, "as much was spent from memory as may be on a day")
-        result = self._ask(request, _ignore)
+        result = self._asker.ask_from_memory(request)
         self._from_memory.settle(request.max_budget_usd, result.usage.cost_usd)
         return outcome_of(result, request.timeout_seconds)
-
-    def _ask_noting(self, job: Job, request: RunRequest) -> RunResult:
-        """A run of Claude for a stored job. What is kept of it holds no credential, another subagent's neither."""
-        with self._redactor.also(self._credentials.every_value()):
-            return self._ask(request, lambda event: self._note(job, event.kind, event.text))
-
-    def _ask(self, request: RunRequest, on_event: Callable[[RunEvent], None]) -> RunResult:
-        """A run of Claude, nothing of which holds a secret that is known here."""
-        with self._redactor.also(request.variables.values()):
-            result = self._claude.run(request, on_event)
-            structured = None if result.structured is None else redacted(result.structured, self._redactor)
-            text, detail = self._redactor(result.text), self._redactor(result.detail)
-        return replace(result, text=text, detail=detail, structured=structured)
-
-    def _note(self, job: Job, kind: str, text: str) -> None:
-        try:
-            self._jobs.note(job, kind, one_line(self._redactor(text)))
-        except StoreUnavailable as error:  # a timeline with a gap is no reason to end a run
-            log.warning("event_not_stored", request_id=str(job.id), kind=kind, reason=str(error))
 
 
 class MemoryBudget:
@@ -222,19 +180,6 @@ class MemoryBudget:
             self._usd = max(0.0, self._usd - reserved_usd + spent_usd)
 
 
-def outcome_of(result: RunResult, timeout_seconds: float) -> Outcome:
-    """How a job ends whose last run ended like this."""
-    if result.error is None:
-        return Outcome(JobState.SUCCEEDED, result.text, usage=result.usage)
-    outcome = failed(result.error, result.detail, result.usage, timeout_seconds)
-    return replace(outcome, is_transient=result.is_transient)
-
-
-def failed(kind: ErrorKind, detail: str, usage: Usage | None = None, timeout_seconds: float = 0) -> Outcome:
-    """A failure, with the one sentence that the person is told."""
-    return Outcome(JobState.FAILED, sentence(kind, timeout_seconds), kind, detail, usage or Usage())
-
-
 def _without(missing: Mapping[str, str]) -> Outcome:
     """How a job ends whose subagent needs credentials that cannot be had: their names, and why not."""
     kind = ErrorKind.NEEDS_CREDENTIALS
@@ -245,7 +190,3 @@ def _without(missing: Mapping[str, str]) -> Outcome:
 def _built(subagent: Subagent) -> str:
     name, description = subagent.name.replace("_", " "), subagent.definition.description
     return f"I had nothing for this yet, so I built “{name}”: {description} Please send the task again to run it."
-
-
-def _ignore(_event: RunEvent) -> None:
-    """Runs from memory have no timeline."""

@@ -8,12 +8,13 @@ import time
 import uuid
 from collections.abc import Callable
 
+from pokestrator.asking import failed
 from pokestrator.claude.pool import Claude
 from pokestrator.delivery import Delivery
 from pokestrator.errors import InvalidTask, LeaseLost, StoreUnavailable, TryAgainLater
 from pokestrator.intake import Question
 from pokestrator.jobs import Acknowledgement, Channel, Job, JobState, JobStatus, NewJob, Outcome
-from pokestrator.running import Runner, failed
+from pokestrator.running import Runner
 from pokestrator.runs import ErrorKind
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs

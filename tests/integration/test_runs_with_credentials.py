@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pokestrator.asking import Asker
 from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.redaction import Redactor
@@ -64,10 +65,14 @@ def run(
             subagents=subagents,
             shortlists=Shortlists(database),
             credentials=credentials,
-            budgets=Budgets(database, 20.0, 10.0),
             templates=templates,
-            claude=claude,
-            redactor=Redactor(),
+            asker=Asker(
+                jobs=jobs,
+                credentials=credentials,
+                budgets=Budgets(database, 20.0, 10.0),
+                claude=claude,
+                redactor=Redactor(),
+            ),
             policy=policy,
         )
         subagents.follow(templates)
@@ -148,15 +153,20 @@ def test_a_version_keeps_its_optional_credentials(subagents: Subagents) -> None:
 @pytest.mark.parametrize("field", ["credentials", "optional_credentials"])
 def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, claude: Player) -> None:
     away = Database("postgresql://nobody@127.0.0.1:9/none")  # never opened
+    jobs, credentials = Jobs(away), Credentials(away, Vault())
     runner = Runner(
-        jobs=Jobs(away),
+        jobs=jobs,
         subagents=Subagents(away),
         shortlists=Shortlists(away),
-        credentials=Credentials(away, Vault()),
-        budgets=Budgets(away, 20.0, 10.0),
+        credentials=credentials,
         templates=[poet(**{field: ["SEA_KEY"]})],
-        claude=claude,
-        redactor=Redactor(),
+        asker=Asker(
+            jobs=jobs,
+            credentials=credentials,
+            budgets=Budgets(away, 20.0, 10.0),
+            claude=claude,
+            redactor=Redactor(),
+        ),
         policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
     )
     outcome = runner.outcome_from_memory(quiet_task(POET_TASK))

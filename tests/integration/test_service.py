@@ -285,7 +285,7 @@ def test_a_fault_of_ours_is_told_too(application: Application, inbox: Inbox, mon
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(application.subagents, "candidates", breaks)
+    monkeypatch.setattr(Shortlists, "candidates", breaks)
     job = task(POET_TASK, {"text": "Never said."})
     application.accept(job)
     outcome = outcome_of(application, job)
