@@ -12,10 +12,9 @@ INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2
 
 DELETE_TEMPLATE_EXAMPLES = "DELETE FROM subagent_examples WHERE subagent_id = %s AND source = 'template'"
 
-# The name's words, the description and the examples: `document` here and in CANDIDATES must be made alike.
 REFRESH_SEARCH = """
-UPDATE subagents SET search = searchable(concat_ws(' ', replace(subagents.name, '_', ' '), v.description,
-    (SELECT string_agg(task, ' ') FROM subagent_examples e WHERE e.subagent_id = subagents.id)))
+UPDATE subagents SET search_made_at = now(), search = findable(subagents.name, v.description,
+    (SELECT string_agg(task, ' ') FROM subagent_examples e WHERE e.subagent_id = subagents.id))
 FROM subagent_versions v
 WHERE subagents.id = %s AND v.subagent_id = subagents.id AND v.version = subagents.version"""
 

@@ -1,81 +1,192 @@
-"""The search for subagents that may fit a task: PostgreSQL's full-text search over names, descriptions and examples."""
+"""The search for subagents that may fit a task: PostgreSQL's full-text search over names, descriptions and examples.
+
+Each is scored by BM25 (Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009), with the lexemes of
+PostgreSQL's English dictionary as words. All functions raise StoreUnavailable when PostgreSQL cannot be reached.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from pokestrator.store.pool import ConnectionSource
-from pokestrator.subagents import Template
+from pokestrator.subagents import State, Template
 
-SHORTLIST = 20
+SHORTLIST = 32
+COMPARED = 5  # of the shortlist: their examples are compared with the task, one by one
+EXAMPLES_COMPARED = 50
+EXAMPLES_SHOWN = 2  # of the others
+TASK_CHARACTERS = 2_000  # of a task that are searched for; a longer one has said by then what it is about
 
-# Full-text search finds stored subagents that share a word with the task (any word, the best SHORTLIST by rank);
-# templates that are not stored yet are candidates beside them. For each: the task's lexemes that it knows, and its
-# most similar example (shared lexemes over all lexemes of both).
+SMALL = 2_000  # subagents, up to which all of a task's words are looked up; beyond, the rarest
+MOST_FOUND = 2_500  # about as many subagents those rarest words may find
+MOST_SCORED = 200  # of those found
+
+# BM25's own constants, the power that rare words' weight is raised to, and what a word's beginning is worth. See
+# docs/routing.md for what each gave.
+K1, B, RARITY, BEGINNING = 2.0, 0.75, 1.25, 0.15
+
+# ts_rank of one lexeme that occurs tf times is (1 + 1/4 + … + 1/tf²) / (π²/6), which is near tf / (tf + 0.64): read
+# backwards, it tells tf faster than unnesting the whole text would.
 CANDIDATES = """
-WITH task AS (
-    SELECT lexemes, coalesce((SELECT string_agg(quote_lexeme, ' | ') FROM (
-            SELECT '''' || replace(replace(l, '\\', '\\\\'), '''', '''''') || '''' AS quote_lexeme
-            FROM unnest(lexemes) l) q), '')::tsquery AS any_of
-    FROM (SELECT tsvector_to_array(searchable(%(task)s)) AS lexemes) t
-), stored AS (
-    SELECT s.id, s.name, s.search FROM subagents s, task
-    WHERE s.search @@ task.any_of ORDER BY ts_rank(s.search, task.any_of) DESC, s.id LIMIT %(limit)s
-), templates AS (
-    SELECT t.name, t.examples, searchable(concat_ws(' ', replace(t.name, '_', ' '), t.description,
-        (SELECT string_agg(e, ' ') FROM jsonb_array_elements_text(t.examples) e))) AS search
+WITH task AS (SELECT searchable(left(%(task)s, %(characters)s)) AS words),
+templates AS MATERIALIZED (
+    SELECT t.name, t.description, t.examples, findable(t.name, t.description,
+        (SELECT string_agg(e, ' ') FROM jsonb_array_elements_text(t.examples) e)) AS search
     FROM jsonb_to_recordset(%(templates)s) AS t (name text, description text, examples jsonb)
-    WHERE t.name NOT IN (SELECT name FROM subagents)
-), candidates AS (
-    SELECT name, true AS is_stored, search,
-        ARRAY(SELECT tsvector_to_array(e.search)::text FROM subagent_examples e WHERE e.subagent_id = stored.id)
-            AS examples
-    FROM stored
-    UNION ALL
-    SELECT name, false, search,
-        ARRAY(SELECT tsvector_to_array(searchable(e))::text FROM jsonb_array_elements_text(examples) e)
-    FROM templates
+    WHERE NOT EXISTS (SELECT FROM subagents s WHERE s.name = t.name)
+), size AS MATERIALIZED (
+    SELECT subagents + (SELECT count(*) FROM templates) AS documents, mean_length FROM search_statistics
+), words AS MATERIALIZED (
+    SELECT lexeme, query, reach <= %(most_found)s OR place = 1 OR documents <= %(small)s AS is_looked_up, place,
+        share * power(ln(1 + (greatest(documents - known, 0) + 0.5) / (known + 0.5)), %(rarity)s) AS weight
+    FROM (
+        SELECT *, sum(known) OVER rarest AS reach, row_number() OVER rarest AS place
+        FROM (
+            SELECT lexeme, share, exactly(lexeme) AS query, coalesce(s.subagents, 0)
+                + (SELECT count(*) FROM templates WHERE search @@ exactly(lexeme)) AS known
+            FROM (
+                SELECT lexeme, 1.0::float8 AS share FROM task, unnest(words)
+                UNION ALL SELECT unnest(beginnings(words)), %(beginning)s::float8 FROM task
+            ) asked LEFT JOIN lexeme_statistics s USING (lexeme)
+        ) counted WINDOW rarest AS (ORDER BY share DESC, known, lexeme)
+    ) placed, size
+), found AS (
+    SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM subagents s
+    WHERE s.search @@ (SELECT string_agg(query::text, ' | ')::tsquery FROM words WHERE is_looked_up)
+        AND s.state <> 'archived'
+    ORDER BY (SELECT sum(weight) FROM words WHERE is_looked_up AND place <= 8 AND s.search @@ query) DESC NULLS LAST, s.id
+    LIMIT %(most_scored)s
+), documents AS (
+    SELECT id, name, state, search, length, NULL::text AS description, NULL::jsonb AS examples FROM found
+    UNION ALL SELECT NULL, name, NULL, search, words_in(search), description, examples FROM templates
+), scored AS (
+    SELECT d.*, (
+        SELECT sum(w.weight * (%(k1)s + 1) * 0.64 * tf.rank
+            / (0.64 * tf.rank + %(k1)s * (1 - tf.rank) * (1 - %(b)s + %(b)s * d.length / mean_length)))
+        FROM words w, LATERAL (SELECT ts_rank('{1, 1, 1, 1}', d.search, w.query)::float8 AS rank OFFSET 0) tf
+        WHERE tf.rank > 0
+    ) AS score
+    FROM documents d, size
+), shortlist AS (
+    SELECT *, row_number() OVER best AS place FROM scored WHERE score > 0
+    WINDOW best AS (ORDER BY score DESC, id IS NULL, name) ORDER BY place LIMIT %(shortlist)s
 )
-SELECT name, is_stored, task.lexemes,
-    ARRAY(SELECT unnest(task.lexemes) INTERSECT SELECT unnest(tsvector_to_array(candidates.search)) ORDER BY 1)
-        AS shared,
-    coalesce((SELECT max(
-        (SELECT count(*) FROM unnest(e::text[]) l WHERE l = ANY (task.lexemes))::float
-        / nullif((SELECT count(DISTINCT l) FROM unnest(e::text[] || task.lexemes) l), 0))
-        FROM unnest(examples) e), 0) AS similarity
-FROM candidates, task"""
+SELECT c.name, c.state, c.score, coalesce(c.description, v.description) AS description, known.tasks, known.lexemes,
+    CASE WHEN place <= %(compared)s THEN tsvector_to_array(searchable(
+        concat_ws(' ', replace(c.name, '_', ' '), coalesce(c.description, v.description)))) END AS about,
+    (SELECT jsonb_object_agg(lexeme, weight) FROM words WHERE left(lexeme, 1) <> '~') AS weights
+FROM shortlist c
+    LEFT JOIN subagents s ON s.id = c.id
+    LEFT JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version
+    LEFT JOIN LATERAL (
+        SELECT array_agg(left(task, 300) ORDER BY turn) AS tasks,
+            jsonb_agg(CASE WHEN place <= %(compared)s THEN tsvector_to_array(search) END ORDER BY turn) AS lexemes
+        FROM (
+            SELECT task, search, row_number() OVER (ORDER BY uses DESC, used_at DESC, task) AS turn
+            FROM subagent_examples WHERE subagent_id = c.id
+            UNION ALL SELECT e, searchable(e), n FROM jsonb_array_elements_text(c.examples) WITH ORDINALITY t (e, n)
+        ) e WHERE turn <= CASE WHEN place <= %(compared)s THEN %(examples_compared)s ELSE %(examples_shown)s END
+    ) known ON true
+ORDER BY place"""
+
+# Those who share nothing with the task, when there are so few that all can be shown.
+EVERYBODY = """
+SELECT s.name, s.state, v.description,
+    ARRAY(SELECT left(task, 300) FROM subagent_examples e WHERE e.subagent_id = s.id
+        ORDER BY uses DESC, used_at DESC, task LIMIT %(examples_shown)s) AS tasks
+FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version
+WHERE s.state <> 'archived' ORDER BY s.id LIMIT %(limit)s"""
+
+NAMES = "SELECT name FROM subagents WHERE name = ANY (%s)"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A task that a candidate takes. `lexemes` are known only for those that are compared with the task."""
+
+    task: str  # its first 300 characters
+    lexemes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stored subagent or a template, measured against a task.
-
-    `lexemes`: the task's own; `shared`: those of them that stand in the candidate's name, description or examples.
-    `similarity`: 0 to 1, of the task and its most similar example (Jaccard index of their lexemes).
-    """
+    """A stored subagent (`state`) or a template (no state) that may fit a task, best first in a shortlist."""
 
     name: str
-    is_stored: bool
-    lexemes: tuple[str, ...]
-    shared: tuple[str, ...]
-    similarity: float
+    state: State | None
+    description: str
+    examples: tuple[Example, ...] = ()
+    score: float = 0.0  # BM25; 0: shares no word with the task
+    about: frozenset[str] | None = None  # the lexemes of name and description, where it is compared
+
+    @property
+    def is_stored(self) -> bool:
+        return self.state is not None
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """Who may fit a task, best first, and what each of the task's lexemes weighs."""
+
+    candidates: tuple[Candidate, ...]
+    weights: dict[str, float]
 
 
 class Shortlists:
-    """Finds candidates for tasks. Raises StoreUnavailable when PostgreSQL cannot be reached."""
+    """Finds candidates for tasks."""
 
     def __init__(self, source: ConnectionSource) -> None:
         self._source = source
 
-    def candidates(self, task: str, templates: Sequence[Template]) -> list[Candidate]:
-        """Stored subagents and templates that may fit the task, in no order."""
-        described = [{"name": t.name, "description": t.description, "examples": list(t.examples)} for t in templates]
+    def find(self, task: str, templates: Sequence[Template]) -> Shortlist:
+        """The best SHORTLIST of stored subagents and templates that share a word with the task, in one query."""
+        values = {
+            **{"task": task, "characters": TASK_CHARACTERS, "templates": Jsonb([_described(t) for t in templates])},
+            **{"small": SMALL, "most_found": MOST_FOUND, "most_scored": MOST_SCORED, "shortlist": SHORTLIST},
+            **{"k1": K1, "b": B, "rarity": RARITY, "beginning": BEGINNING, "compared": COMPARED},
+            **{"examples_compared": EXAMPLES_COMPARED, "examples_shown": EXAMPLES_SHOWN},
+        }
         with self._source.connection() as connection:
-            values = {"task": task, "limit": SHORTLIST, "templates": Jsonb(described)}
-            return [
-                Candidate(row["name"], row["is_stored"], tuple(row["lexemes"]), tuple(row["shared"]), row["similarity"])
-                for row in connection.execute(CANDIDATES, values)
-            ]
+            rows = connection.execute(CANDIDATES, values).fetchall()
+        return Shortlist(tuple(_candidate(row) for row in rows), rows[0]["weights"] or {} if rows else {})
+
+    def others(self, shortlist: Shortlist, templates: Sequence[Template], most: int) -> tuple[Candidate, ...] | None:
+        """Everybody else, or None when all together are more than `most`."""
+        with self._source.connection() as connection:
+            stored = connection.execute(EVERYBODY, {"examples_shown": EXAMPLES_SHOWN, "limit": most + 1}).fetchall()
+            named = connection.execute(NAMES, [[template.name for template in templates]])
+            taken = {row["name"] for row in named} | {candidate.name for candidate in shortlist.candidates}
+        everybody = [
+            Candidate(row["name"], State(row["state"]), row["description"], tuple(map(Example, row["tasks"])))
+            for row in stored
+        ] + [
+            Candidate(t.name, None, t.description, tuple(map(Example, t.examples[:EXAMPLES_SHOWN])))
+            for t in templates
+            if t.name not in taken
+        ]
+        listed = {candidate.name for candidate in shortlist.candidates}
+        others = tuple(candidate for candidate in everybody if candidate.name not in listed)
+        return others if len(others) + len(listed) <= most else None
+
+
+def _described(template: Template) -> dict[str, object]:
+    return {"name": template.name, "description": template.description, "examples": list(template.examples)}
+
+
+def _candidate(row: DictRow) -> Candidate:
+    examples = tuple(
+        Example(task, frozenset(lexemes or ()))
+        for task, lexemes in zip(row["tasks"] or (), row["lexemes"] or (), strict=True)
+    )
+    return Candidate(
+        name=row["name"],
+        state=State(row["state"]) if row["state"] else None,
+        description=row["description"],
+        examples=examples,
+        score=row["score"],
+        about=None if row["about"] is None else frozenset(row["about"]),
+    )
