@@ -29,14 +29,17 @@ from pokestrator.errors import InvalidDefinition
 # The ceiling: no template, draft or stored version can name a tool outside this list.
 Tool = Literal["Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebFetch", "WebSearch"]
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{2,47}$")]
+NAME_PATTERN = r"^[a-z][a-z0-9_]{2,47}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Hostname = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$", max_length=253)]
 ANY_HOST = "*"  # in `hosts`: every public one
 HostPattern = Annotated[
     str, StringConstraints(pattern=r"^(\*|(\*\.)?([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,})$", max_length=253)
 ]
 CredentialName = Annotated[str, StringConstraints(pattern=CREDENTIAL_PATTERN), AfterValidator(check_credential_name)]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2_000)]
+MAX_EXAMPLES = 50
+MAX_EXAMPLE_CHARACTERS = 2_000
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_EXAMPLE_CHARACTERS)]
 
 
 class Origin(StrEnum):
@@ -93,7 +96,7 @@ class Template(Definition):
     """A subagent shipped as a file in templates/."""
 
     name: Name
-    examples: Annotated[tuple[Text, ...], Field(max_length=50)] = ()
+    examples: Annotated[tuple[Text, ...], Field(max_length=MAX_EXAMPLES)] = ()
 
     def definition(self) -> Definition:
         return Definition(**self.model_dump(include=set(Definition.model_fields)))
