@@ -25,7 +25,9 @@ LOCK = "SELECT id FROM subagents WHERE name = %s FOR UPDATE"
 # Held until the transaction ends: of two that build at once, the second sees what the first has built.
 LOCK_BUILDING = "SELECT pg_advisory_xact_lock(hashtextextended('pokestrator building', 0))"
 
-BUILT_SINCE = f"SELECT name, description FROM ({CURRENT} WHERE s.created_at >= %s AND v.author = 'drafter') c"
+BUILT_SINCE = f"""
+SELECT name, description FROM (
+    {CURRENT} WHERE s.created_at >= %s AND s.state <> 'archived' AND v.author = 'drafter') c"""
 
 HOLD_CLAIM = "SELECT id FROM jobs WHERE id = %s AND claim_seq = %s AND state = 'running' FOR SHARE"
 

@@ -47,7 +47,7 @@ ROAD = [
     "service.py run_now",
     "store/jobs.py claim_one",
     "service.py run_job",
-    "store/subagents.py candidates",
+    "store/shortlist.py candidates",
     "routing.py decide",
     "store/subagents.py adopt",
     "store/jobs.py record_route",
