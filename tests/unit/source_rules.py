@@ -19,9 +19,9 @@ MAX_LINES = 320
 FLOORS = {
     **dict.fromkeys(["settings", "setting_checks", "credential_names", "environ", "postgres_url"], 1),
     **dict.fromkeys(["addresses", "dialing", "errors", "redaction", "telemetry"], 1),
-    **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents"], 1),
+    **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents", "subagent_checks", "material"], 1),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
-    **dict.fromkeys(["asking", "delivery", "sweeping"], 3),
+    **dict.fromkeys(["asking", "drafting", "delivery", "sweeping"], 3),
     **dict.fromkeys(["routing", "building"], 4),
     "running": 5,
     **dict.fromkeys(["service", "dispatcher", "parts"], 6),
