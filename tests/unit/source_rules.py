@@ -44,6 +44,7 @@ THREADS = (
     "pokestrator/delivery.py",
     "pokestrator/claude/slot_process.py",
     "pokestrator/claude/relay.py",
+    "pokestrator/claude/questions.py",  # one for each question, that its caller need not wait for
     "pokestrator/web/gathering.py",  # hands whole requests to gunicorn's own threads
     "pokestrator/claude/supervisor.py",
     "pokestrator/claude/slot.py",  # in the slot's own process: waits for its parent's end
@@ -55,6 +56,7 @@ FLASK = ("pokestrator/web/",)
 REQUESTS = (
     "pokestrator/poke/",
     "pokestrator/claude/relay_messages.py",
+    "pokestrator/claude/answers.py",
     "pokestrator/claude/upstream.py",
 )
 ENVIRON = (
