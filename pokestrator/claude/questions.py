@@ -68,7 +68,9 @@ class Questions:
             threading.Thread(target=asking.run, name="question", daemon=True).start()
             with self._calls.changed:
                 self._calls.wait(call, lambda: asking.result)
-                result = asking.result or call.ended() or asking.late()
+                result = asking.result or asking.late()
+                if result.error:  # that it was told to end says more than what came of it
+                    result = call.ended() or result
         except RuntimeError as error:  # the machine has no thread left for us
             result = failure(ErrorKind.INTERNAL, str(error))
         finally:

@@ -230,6 +230,11 @@ def violations_of_requests(path: str, tree: ast.Module) -> list[str]:
     return _foreign(path, imports(path, tree), ["requests", "urllib3"], REQUESTS)
 
 
+def violations_of_anthropic(path: str, tree: ast.Module) -> list[str]:
+    """Nowhere: it takes 43 MB of each worker, and our own way is as quick (docs/performance.md)."""
+    return _foreign(path, imports(path, tree), ["anthropic"], ())
+
+
 def violations_of_environ(path: str, tree: ast.Module) -> list[str]:
     names = ["os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"]
     return _foreign(path, dotted(path, tree), names, ENVIRON)
@@ -316,6 +321,7 @@ RULES: tuple[Rule, ...] = (
     violations_of_processes,
     violations_of_flask,
     violations_of_requests,
+    violations_of_anthropic,
     violations_of_environ,
     violations_of_templates,
     violations_of_settings,
