@@ -1,6 +1,8 @@
 """Runs of Claude, each in a process of its own that nothing survives.
 
 pool.py         the service's side: N agent slots, or one inline in the caller's thread
+questions.py    its answers to what needs no agent
+answers.py      what is sent and read for one of these
 calls.py        its calls that have not returned, and which of them were told to end
 slot_process.py a slot as its parent sees it: a process that is replaced when it dies
 slot.py         a slot's side: what its process does before, around and after its runs
@@ -26,4 +28,5 @@ admission.py        one run's part in all this, for as long as it lasts
 upstream.py         Claude's API, with the owner's key, proxy and CA files
 counting.py         what answers cost while they stream past
 prices.py           what models cost
+models.py           what their short names mean
 """

@@ -67,6 +67,13 @@ class Calls:
         self.changed.wait_for(lambda: call.end_reason or is_ready(), call.deadline - time.monotonic())
         return not call.end_reason and bool(is_ready())
 
+    def pause(self, call: Call, seconds: float) -> bool:
+        """Let `seconds` pass; False at once when the call's deadline comes before, and when it must end meanwhile."""
+        if time.monotonic() + seconds >= call.deadline:
+            return False
+        with self.changed:
+            return not self.changed.wait_for(lambda: call.end_reason, seconds)
+
     def cancel(self, run_id: str) -> list[Call]:
         """Tell the calls of this id to end; returns those that had not been told yet. An empty id names no call."""
         return self._tell_to_end(CANCELLED, lambda call: run_id != "" and call.request.run_id == run_id)

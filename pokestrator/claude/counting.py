@@ -106,6 +106,12 @@ class Ledger:
         spent = self.spent_usd()
         return spent < self.budget_usd and spent + output_tokens * price_of(model).output / MILLION <= self.budget_usd
 
+    def output_tokens_left(self, model: str, prompt_tokens: int) -> int:
+        """Tokens of output that the budget can pay after a prompt of so many, of this model."""
+        price = price_of(model, prompt_tokens)
+        left_usd = self.budget_usd - self.spent_usd() - prompt_tokens * price.input / MILLION
+        return max(0, int(left_usd * MILLION / price.output))
+
     def usage(self, by_cli: Usage) -> Usage:
         """The run's, where anything was counted; else what the CLI said."""
         with self._lock:

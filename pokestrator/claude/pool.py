@@ -1,7 +1,8 @@
 """Claude as the service sees it: a call that blocks until the run has ended, and leaves no process behind.
 
 Slots runs each request in one of N warm processes of its own; Inline runs it in the caller's thread. Both keep the
-owner's key from it, and let it out only through the relay.
+owner's key from it, and let it out only through the relay. A question, which needs no agent, takes neither: it is put
+from here (questions.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pokestrator.claude.egress import Egress
 from pokestrator.claude.folders import remove_abandoned, run_folder
 from pokestrator.claude.outcomes import failure
 from pokestrator.claude.probing import probe
+from pokestrator.claude.questions import Questions
 from pokestrator.claude.relay import Relay, of_agents
 from pokestrator.claude.slot_process import SlotProcess
 from pokestrator.claude.upstream import Upstream
@@ -58,11 +60,13 @@ class Slots:
     ) -> None:
         if size < 1:
             raise ValueError(f"size={size}: at least one slot is needed")
-        self._relay = Relay(Upstream(environment), egress or Egress())
+        upstream = Upstream(environment)
+        self._relay = Relay(upstream, egress or Egress())
         self._redactor = redactor or Redactor()
         self._slots = [SlotProcess(of_agents(environment), all_tools=all_tools) for _ in range(size)]
         self._free = list(self._slots)
         self._calls = Calls()
+        self._questions = Questions(upstream, self._calls)
 
     def start(self) -> None:
         """Start the relay and all slots' processes; they warm up on their own. Makes this process a child subreaper."""
@@ -74,6 +78,8 @@ class Slots:
 
     def run(self, request: RunRequest, on_event: OnEvent) -> RunResult:
         with self._calls.open(request, on_event) as call:
+            if self._questions.takes(request):
+                return self._questions.answer(call)
             chosen = self._take(call)
             if chosen is None:
                 return call.ended() or failure(ErrorKind.TIMEOUT, f"no slot was free in {request.timeout_seconds:g} s")
@@ -124,16 +130,20 @@ class Inline:
         redactor: Redactor | None = None,
     ) -> None:
         self._all_tools = all_tools
-        self._relay = Relay(Upstream(environment), egress or Egress())
+        upstream = Upstream(environment)
+        self._relay = Relay(upstream, egress or Egress())
         self._redactor = redactor or Redactor()
         self._environment = of_agents(environment)
         self._calls = Calls()
+        self._questions = Questions(upstream, self._calls)
         # Both are guarded by `changed`: no run begins while another one's processes are being killed.
         self._running: Call | None = None
         self._kill: Callable[[], object] = list
 
     def run(self, request: RunRequest, on_event: OnEvent) -> RunResult:
         with self._calls.open(request, on_event) as call:
+            if self._questions.takes(request):
+                return self._questions.answer(call)
             if not self._take_turn(call):
                 late = f"another run took all of {request.timeout_seconds:g} s"
                 return call.ended() or failure(ErrorKind.TIMEOUT, late)

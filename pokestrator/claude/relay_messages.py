@@ -47,7 +47,7 @@ class Question:
         if sum(data.count(mark) for mark in (b"[", b"{", b",")) > MOST_PARTS:
             raise Refused(413, "request_too_large", "the body has too many parts")
         try:
-            value = json.loads(data, parse_constant=_no_number)
+            value = json.loads(data, parse_constant=no_number)
         except (ValueError, RecursionError) as error:
             raise _invalid("the body is no JSON") from error
         if not isinstance(value, dict):
@@ -179,7 +179,8 @@ def _lengths(value: object, depth: int = 0) -> Iterator[int]:
                 yield from _lengths(each, depth + 1)
 
 
-def _no_number(word: str) -> NoReturn:
+def no_number(word: str) -> NoReturn:
+    """Refuses NaN and Infinity, which Python's JSON reads. Raises ValueError."""
     raise ValueError(f"{word} is no number of JSON")
 
 

@@ -52,6 +52,11 @@ class Upstream:
         """The variable that the CLI reads its key or token from; None when the owner has neither."""
         return KEY if self._key else OAUTH if self._oauth else None
 
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody must be told of what it may say: its own key."""
+        return [secret for secret in (self._key, self._oauth) if secret]
+
     def prepare(self) -> None:
         """Read the CA files, so that no request waits for it."""
         if self._context is None:

@@ -180,9 +180,14 @@ def test_a_build_goes_in_one_thread_too(application: Application, inbox: Inbox, 
         orchestrate(url, UNFITTING_TASK)
         [received] = inbox.wait_for(1, 20)
     assert "send the task again" in contents([received])[0]
-    road = ["drafting.py draft_request", "claude/worker.py run", "drafting.py read_draft", "store/subagents.py build"]
+    road = [
+        "drafting.py draft_request",
+        "claude/questions.py answer",
+        "drafting.py read_draft",
+        "store/subagents.py build",
+    ]
     assert in_order(recorder.calls, [*road, "store/jobs.py finish", "poke/api.py send"]) == []
-    assert recorder.threads == {"http", "relay", "supervisor"}  # its own, and those that an agent's connections need
+    assert recorder.threads == {"http", "question"}  # its own, and the one that waits for Claude's API
 
 
 def test_a_failure_reaches_the_person_and_the_next_request_is_served(application: Application, inbox: Inbox) -> None:

@@ -14,9 +14,10 @@ import pytest
 import requests
 
 from pokestrator.claude import processes
-from pokestrator.claude.pool import Slots
+from pokestrator.claude.pool import Inline, Slots
 from pokestrator.claude.relay import Relay
 from pokestrator.demo.messages_api import MessagesApi
+from pokestrator.runs import ErrorKind, RunEvent, RunResult
 from tests.integration.agent_runs import KEY, agent_environment, agents, bash, ignore, scripted, slot_of
 from tests.integration.relaying import Run, admitted, question, relaying
 from tests.security.attacks import attack
@@ -205,3 +206,40 @@ def test_nothing_of_a_run_is_left_in_the_relay(api: MessagesApi) -> None:
             began = time.monotonic()
         assert time.monotonic() - began < 1
         answer.close()
+
+
+# questions without an agent, which the service itself puts -----------------------------------------------------------
+
+
+def put(url: str, *steps: dict[str, Any]) -> tuple[RunResult, list[RunEvent]]:
+    """How a question without an agent ends, and its timeline."""
+    events: list[RunEvent] = []
+    request = scripted(*steps, tools=(), output_schema={"type": "object"}, timeout_seconds=20.0)
+    return Inline(agent_environment(url)).run(request, events.append), events
+
+
+ECHOES: list[list[dict[str, Any]]] = [
+    [{"status": 401, "type": "authentication_error", "message": f"invalid x-api-key: {KEY}"}],
+    [{"status": 529, "message": f"not for {KEY}", "times": 1}, {"structured": {}}],
+    [{"text": f"Your key is {KEY}."}],
+]
+
+
+@attack("Claude's API, or what stands before it, repeats the key in an error or in an answer", "`[secret]`, everywhere")
+@pytest.mark.parametrize("steps", ECHOES, ids=["error", "retry", "answer"])
+def test_a_key_that_is_said_back_is_kept_nowhere(
+    api: MessagesApi, steps: list[dict[str, Any]], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result, events = put(api.url, *steps)
+    assert api.requests[-1].headers["x-api-key"] == KEY
+    logged = caplog.text + "".join(capfd.readouterr())
+    assert KEY not in f"{result} {events} {logged}"
+    assert "[secret]" in f"{result} {events}"
+
+
+@attack("Claude's API sends a question, with its key, elsewhere (307)", "not followed")
+def test_a_redirect_does_not_get_the_key(api: MessagesApi) -> None:
+    with MessagesApi() as elsewhere:
+        location = {"location": f"{elsewhere.url}/v1/messages"}
+        result, _ = put(api.url, {"status": 307, "headers": location})
+        assert (result.error, elsewhere.requests) == (ErrorKind.API_ERROR, [])

@@ -44,6 +44,7 @@ THREADS = (
     "pokestrator/delivery.py",
     "pokestrator/claude/slot_process.py",
     "pokestrator/claude/relay.py",
+    "pokestrator/claude/questions.py",  # one for each question, that its caller need not wait for
     "pokestrator/web/gathering.py",  # hands whole requests to gunicorn's own threads
     "pokestrator/claude/supervisor.py",
     "pokestrator/claude/slot.py",  # in the slot's own process: waits for its parent's end
@@ -55,6 +56,7 @@ FLASK = ("pokestrator/web/",)
 REQUESTS = (
     "pokestrator/poke/",
     "pokestrator/claude/relay_messages.py",
+    "pokestrator/claude/answers.py",
     "pokestrator/claude/upstream.py",
 )
 ENVIRON = (
@@ -228,6 +230,11 @@ def violations_of_requests(path: str, tree: ast.Module) -> list[str]:
     return _foreign(path, imports(path, tree), ["requests", "urllib3"], REQUESTS)
 
 
+def violations_of_anthropic(path: str, tree: ast.Module) -> list[str]:
+    """Nowhere: it takes 43 MB of each worker, and our own way is as quick (docs/performance.md)."""
+    return _foreign(path, imports(path, tree), ["anthropic"], ())
+
+
 def violations_of_environ(path: str, tree: ast.Module) -> list[str]:
     names = ["os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"]
     return _foreign(path, dotted(path, tree), names, ENVIRON)
@@ -314,6 +321,7 @@ RULES: tuple[Rule, ...] = (
     violations_of_processes,
     violations_of_flask,
     violations_of_requests,
+    violations_of_anthropic,
     violations_of_environ,
     violations_of_templates,
     violations_of_settings,
