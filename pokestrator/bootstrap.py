@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pokestrator.asking import Asker
-from pokestrator.building import Builder
 from pokestrator.claude import processes
 from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.pool import Claude, Slots
@@ -19,15 +17,13 @@ from pokestrator.dispatcher import LEASE_SECONDS, Dispatcher
 from pokestrator.intake import Action, Question, TaskLimits
 from pokestrator.jobs import Acknowledgement, Job, JobState, JobStatus, NewJob
 from pokestrator.liveness import Liveness, owner_name
-from pokestrator.parts import concurrency_of, make_claude, make_poke, make_vault
+from pokestrator.parts import concurrency_of, make_claude, make_poke, make_runner, make_vault
 from pokestrator.redaction import Redactor
-from pokestrator.running import Runner, RunPolicy
+from pokestrator.running import Runner
 from pokestrator.service import ACCEPT_SECONDS, Service
 from pokestrator.setting_checks import MAKE_SECRET_KEY
 from pokestrator.settings import Settings
-from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
-from pokestrator.store.credentials import Credentials
 from pokestrator.store.embedded import embedded_in
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -35,10 +31,9 @@ from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import IDLE_SECONDS, Database, Line
 from pokestrator.store.recovery import Recovery
 from pokestrator.store.rows import WAKE_CHANNEL
-from pokestrator.store.shortlist import Shortlists
+from pokestrator.store.statistics import Statistics
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
-from pokestrator.store.widening import Widening
 from pokestrator.subagents import Template
 from pokestrator.sweeping import Sweeper
 from pokestrator.telemetry import get_logger
@@ -82,6 +77,7 @@ class Application:
     delivery: Delivery
     dispatcher: Dispatcher
     service: Service
+    runner: Runner
     templates: tuple[Template, ...]
     lines: tuple[Line, ...]
     owner: str  # this process's name in the rows that it owns
@@ -192,33 +188,7 @@ def build(
     runs = claude or make_claude(settings, concurrency, redactor)
     delivery = Delivery(Callbacks(database, vault), make_poke(settings))
     stopping = threading.Event()
-    budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
-    policy = RunPolicy(
-        settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
-    )
-    credentials = Credentials(database, vault)
-    shortlists = Shortlists(database)
-    asker = Asker(jobs=jobs, credentials=credentials, budgets=budgets, claude=runs, redactor=redactor)
-    builder = Builder(
-        subagents=subagents,
-        widening=Widening(database),
-        shortlists=shortlists,
-        templates=templates,
-        asker=asker,
-        model=settings.fast_model,
-        timeout_seconds=settings.agent_timeout,
-        most_usd=budgets.most_usd,
-    )
-    runner = Runner(
-        jobs=jobs,
-        subagents=subagents,
-        shortlists=shortlists,
-        credentials=credentials,
-        templates=templates,
-        asker=asker,
-        builder=builder,
-        policy=policy,
-    )
+    runner = make_runner(settings, database, vault, jobs, templates, claude=runs, redactor=redactor)
     service = Service(
         jobs=jobs,
         history=history,
@@ -247,6 +217,7 @@ def build(
             recovery, liveness, owner=owner, lease_seconds=LEASE_SECONDS, retention_days=settings.retention_days
         ),
         notifications=lambda stop: database.notifications(WAKE_CHANNEL, stop),
+        statistics=Statistics(database).keep,
         prepare=lambda: prepare_database(database, subagents, templates),
         revive=lambda: revive_embedded_database(settings),
         run=service.run_job,
@@ -265,6 +236,7 @@ def build(
         delivery=delivery,
         dispatcher=dispatcher,
         service=service,
+        runner=runner,
         templates=templates,
         lines=(claims, heartbeats),
         owner=owner,

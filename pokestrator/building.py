@@ -161,7 +161,7 @@ class Builder:
     def _others(self, job: Job, draft: Draft, nearest: Mapping[str, str]) -> dict[str, str]:
         """Descriptions of the subagents that were there when the task came and may say what the draft says."""
         templates = tuple(self._templates.values())
-        found = [candidate.name for candidate in self._shortlists.candidates(draft.description, templates)]
+        found = [each.name for each in self._shortlists.find(draft.description, templates).candidates]
         stored = self._widening.descriptions([draft.name, *nearest, *found], before=job.created_at)
         return {template.name: template.description for template in templates} | stored
 

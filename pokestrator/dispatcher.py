@@ -1,8 +1,8 @@
 """Claims queued jobs and runs each in a thread of its own; renews their leases; ends cancelled ones; drains.
 
-Three threads besides the runs': `dispatch` claims, and has the sweeper look after others' orphans; `heartbeat` renews;
-`listen` hears NOTIFY. The first two use database connections of their own, so that a busy pool never costs a lease.
-Wake-ups only save time; the poll guarantees.
+Four threads besides the runs': `dispatch` claims, and has the sweeper look after others' orphans; `heartbeat` renews;
+`listen` hears NOTIFY; `statistics` counts for the search. The first two use database connections of their own, so that
+a busy pool never costs a lease. Wake-ups only save time; the poll guarantees.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dispatcher:
     """One instance's hands.
 
     `run` takes a claimed job to its end, `cancel_run` ends a run by its id; `prepare` makes the database ready for use,
-    `revive` may start it again when it is away.
+    `revive` may start it again when it is away; `statistics` is called each second.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Dispatcher:
         cancellations: Recovery,
         sweeper: Sweeper,
         notifications: Callable[[threading.Event], Iterator[str]],
+        statistics: Callable[[], None],
         prepare: Callable[[], None],
         revive: Callable[[], None],
         run: Callable[[Job], object],
@@ -53,13 +54,11 @@ class Dispatcher:
         drain_seconds: float,
     ) -> None:
         self._owner = owner
-        self._claims = claims
-        self._heartbeats = heartbeats
+        self._claims, self._heartbeats = claims, heartbeats
         self._cancellations = cancellations
         self._sweeper = sweeper
         self._notifications = notifications
-        self._prepare = prepare
-        self._revive = revive
+        self._prepare, self._revive = prepare, revive
         self._run_job = run
         self._cancel_run = cancel_run
         self._abort_runs = abort_runs
@@ -80,6 +79,9 @@ class Dispatcher:
             threading.Thread(target=self._dispatch, name="dispatch", daemon=True),
             threading.Thread(target=self._forever, args=(self._heartbeat,), name="heartbeat", daemon=True),
             threading.Thread(target=self._forever, args=(self._listen,), name="listen", daemon=True),
+            threading.Thread(
+                target=self._forever, args=(lambda: self._prepared and statistics(),), name="statistics", daemon=True
+            ),
         ]
         self._reviver = threading.Thread()  # one that never ran
         self.database_error: str | None = "not connected yet"
@@ -292,7 +294,7 @@ class Dispatcher:
                 self._from_memory -= 1
             self._wake.set()
 
-    def _forever(self, work: Callable[[], None]) -> None:
+    def _forever(self, work: Callable[[], object]) -> None:
         while not self._stop.is_set():
             try:
                 work()

@@ -1,16 +1,30 @@
-"""The parts that are made of settings alone: what speaks to Claude and to Poke, and what secrets are encrypted with."""
+"""Parts that bootstrap.py wires: what speaks to Claude and to Poke, what secrets are encrypted with, what runs jobs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import SecretStr
 
+from pokestrator.asking import Asker
+from pokestrator.building import Builder
 from pokestrator.claude.capacity import default_concurrency, share
 from pokestrator.claude.egress import Egress
 from pokestrator.claude.pool import Claude, Inline, Slots
 from pokestrator.poke.api import Poke
 from pokestrator.redaction import Redactor
+from pokestrator.routing import Router
+from pokestrator.running import Runner, RunPolicy
 from pokestrator.settings import Settings
+from pokestrator.store.budgets import Budgets
+from pokestrator.store.credentials import Credentials
+from pokestrator.store.jobs import Jobs
+from pokestrator.store.pool import Database
 from pokestrator.store.secrets import Vault, key_in
+from pokestrator.store.shortlist import Shortlists
+from pokestrator.store.subagents import Subagents
+from pokestrator.store.widening import Widening
+from pokestrator.subagents import Template
 
 
 def make_vault(settings: Settings) -> Vault:
@@ -48,3 +62,39 @@ def make_claude(settings: Settings, slots: int, redactor: Redactor) -> Claude:
 def make_poke(settings: Settings) -> Poke:
     key = settings.poke_api_key.get_secret_value() if settings.poke_api_key else None
     return Poke(settings.poke_webhook_url, key, dry_run=settings.poke_dry_run, callback_hosts=settings.callback_hosts)
+
+
+def make_runner(
+    settings: Settings,
+    database: Database,
+    vault: Vault,
+    jobs: Jobs,
+    templates: Sequence[Template],
+    *,
+    claude: Claude,
+    redactor: Redactor,
+) -> Runner:
+    """What takes one job from its route to its result."""
+    budgets = Budgets(database, settings.daily_budget_usd, settings.caller_daily_budget_usd)
+    subagents, shortlists, credentials = Subagents(database), Shortlists(database), Credentials(database, vault)
+    asker = Asker(jobs=jobs, credentials=credentials, budgets=budgets, claude=claude, redactor=redactor)
+    builder = Builder(
+        subagents=subagents,
+        widening=Widening(database),
+        shortlists=shortlists,
+        templates=templates,
+        asker=asker,
+        model=settings.fast_model,
+        timeout_seconds=settings.agent_timeout,
+        most_usd=budgets.most_usd,
+    )
+    return Runner(
+        jobs=jobs,
+        subagents=subagents,
+        router=Router(shortlists, templates, settings.fast_model),
+        credentials=credentials,
+        templates=templates,
+        asker=asker,
+        builder=builder,
+        policy=RunPolicy(settings.model, settings.agent_timeout, settings.after_build, budgets.most_usd),
+    )

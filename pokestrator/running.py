@@ -10,15 +10,15 @@ from typing import Literal
 
 from pokestrator.asking import Asker, failed, outcome_of
 from pokestrator.building import Builder
+from pokestrator.from_memory import template_for
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
 from pokestrator.material import task_text
-from pokestrator.routing import Decision, decide, decide_from_memory
-from pokestrator.runs import ErrorKind, RunRequest, sentence
+from pokestrator.routing import MOST_QUESTIONS, Decision, Router
+from pokestrator.runs import ErrorKind, RunRequest, RunResult, sentence
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
-from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
-from pokestrator.subagents import Definition, Subagent, Template
+from pokestrator.subagents import Definition, State, Subagent, Template
 from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -32,7 +32,6 @@ class RunPolicy:
     """What runs are allowed where a subagent's version says nothing, and the ceiling where it does."""
 
     model: str
-    fast_model: str
     timeout_seconds: float  # a version may lower it, never raise it
     after_build: Literal["ask", "run"]
     most_usd: float = DEFAULT_MAX_BUDGET_USD  # that a run may spend, whatever its version says
@@ -66,7 +65,7 @@ class Runner:
         *,
         jobs: Jobs,
         subagents: Subagents,
-        shortlists: Shortlists,
+        router: Router,
         credentials: Credentials,
         templates: Sequence[Template],
         asker: Asker,
@@ -75,7 +74,7 @@ class Runner:
     ) -> None:
         self._jobs = jobs
         self._subagents = subagents
-        self._shortlists = shortlists
+        self._router = router
         self._credentials = credentials
         self._from_memory = MemoryBudget(policy.most_usd)
         self._templates = {template.name: template for template in templates}
@@ -85,19 +84,46 @@ class Runner:
 
     def outcome(self, job: Job) -> Outcome:
         """Run a claimed job, from its route to its result. Raises LeaseLost, StoreUnavailable."""
-        decision = decide(self._shortlists.candidates(job.task, tuple(self._templates.values())))
-        log.info("routed", request_id=str(job.id), route=decision.route, subagent=decision.name, reason=decision.reason)
+        decision = self._router.decide(job.task, job.metadata, lambda request: self._ask_router(job, request))
+        if isinstance(decision, Outcome):
+            return decision
+        log.info(
+            "routed",
+            request_id=str(job.id),
+            route=decision.route,
+            subagent=decision.name,
+            decided_by=decision.decided_by,
+            ms=round(decision.milliseconds, 1),
+        )
         if decision.route is Route.BUILD_NEW:
-            self._jobs.record_route(job, decision.route, decision.reason)
-            return self._build(job)
-        subagent = self._find(decision)
-        self._jobs.record_route(job, decision.route, decision.reason)
-        return self._run_agent(job, subagent)
+            self._record(job, decision)
+            outcome = self._build(job, decision)
+        elif (subagent := self._find(decision)) is None:
+            return self.outcome(job)  # it was renamed or archived just now: the next decision knows that
+        else:
+            self._record(job, decision)
+            outcome = self._run_agent(job, subagent, decision.usage.cost_usd)
+        return replace(outcome, usage=outcome.usage + decision.usage)
 
-    def _find(self, decision: Decision) -> Subagent:
+    def _ask_router(self, job: Job, request: RunRequest) -> RunResult | Outcome:
+        usd = min(request.max_budget_usd, self._policy.most_usd / MOST_QUESTIONS)
+        if lacking := self._asker.reserve(job, MOST_QUESTIONS * usd):
+            return lacking
+        self._asker.note(job, "routing", f"asking {request.model} who this is for")
+        return self._asker.ask(job, replace(request, run_id=job.run_id, max_budget_usd=usd))
+
+    def _record(self, job: Job, decision: Decision) -> None:
+        with self._asker.redacting() as redact:
+            record = decision.record()
+            reason = redact(decision.reason)
+            self._jobs.record_route(job, decision.route, reason, {**record, "reason": reason})
+
+    def _find(self, decision: Decision) -> Subagent | None:
         assert decision.name is not None, "matches and templates are named"
         subagent = self._subagents.get(decision.name)
-        return subagent or self._subagents.adopt(self._templates[decision.name])
+        if subagent is None and decision.name in self._templates:
+            subagent = self._subagents.adopt(self._templates[decision.name])
+        return None if subagent is None or subagent.state is State.ARCHIVED else subagent
 
     def _run_agent(self, job: Job, subagent: Subagent, spent_usd: float = 0.0) -> Outcome:
         needed, optional = subagent.definition.credentials, subagent.definition.optional_credentials
@@ -112,22 +138,22 @@ class Runner:
         result = self._asker.ask(job, request)
         return outcome_of(result, request.timeout_seconds)
 
-    def _build(self, job: Job) -> Outcome:
-        built = self._builder.build(job, {})
+    def _build(self, job: Job, decision: Decision) -> Outcome:
+        spent_usd = decision.usage.cost_usd
+        built = self._builder.build(job, decision.nearest or {}, spent_usd)
         if isinstance(built, Outcome):
             return built
         if self._policy.after_build == "run":
-            outcome = self._run_agent(job, built.subagent, built.usage.cost_usd)
+            outcome = self._run_agent(job, built.subagent, spent_usd + built.usage.cost_usd)
             return replace(outcome, usage=outcome.usage + built.usage)
         return Outcome(JobState.SUCCEEDED, built.message, usage=built.usage)
 
     def outcome_from_memory(self, job: NewJob) -> Outcome:
         """Run a job that is not in the database, if a template fits it."""
-        decision = decide_from_memory(job.task, tuple(self._templates.values()))
-        log.info("routed", request_id=str(job.id), route=decision.route, reason=decision.reason, durable=False)
-        if decision.name is None:
-            return failed(ErrorKind.NOT_STORED, decision.reason)
-        template = self._templates[decision.name]
+        template = template_for(job.task, tuple(self._templates.values()))
+        log.info("routed", request_id=str(job.id), subagent=template.name if template else None, durable=False)
+        if template is None:
+            return failed(ErrorKind.NOT_STORED, "no template fits clearly, and the database is away")
         if template.credentials or template.optional_credentials:
             return failed(ErrorKind.NOT_STORED, f"the credentials of {template.name} are in the database")
         request = self._policy.request(template.definition(), task_text(job.task, job.metadata), str(job.id))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from psycopg.rows import DictRow
+from psycopg.types.json import Jsonb
 
 from pokestrator.errors import LeaseLost
 from pokestrator.intake import TaskLimits
@@ -83,7 +84,7 @@ UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL,
 WHERE id = %(id)s"""
 
 RECORD_ROUTE = """
-UPDATE jobs SET route = %(route)s, route_reason = %(reason)s
+UPDATE jobs SET route = %(route)s, route_reason = %(reason)s, decision = %(decision)s
 WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'
 RETURNING id"""
 
@@ -179,10 +180,11 @@ class Jobs:
             write_event(connection, job.id, "retry" if counts else "waits", f"in {wait_seconds:.0f} s: {detail}")
             return None
 
-    def record_route(self, job: Job, route: Route, reason: str) -> None:
-        """Write the decision on the job. Raises LeaseLost."""
+    def record_route(self, job: Job, route: Route, reason: str, decision: Mapping[str, Any] | None = None) -> None:
+        """Write the decision on the job, and the whole of it as data. Raises LeaseLost."""
         with self._source.connection() as connection:
-            values = {"id": job.id, "fence": job.claim_seq, "route": route, "reason": reason}
+            values: dict[str, Any] = {"id": job.id, "fence": job.claim_seq, "route": route, "reason": storable(reason)}
+            values["decision"] = Jsonb(decision) if decision else None
             _only_owner(job, connection.execute(RECORD_ROUTE, values).fetchone())
             write_event(connection, job.id, "routed", f"{route}: {reason}")
 

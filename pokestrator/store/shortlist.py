@@ -58,7 +58,8 @@ templates AS MATERIALIZED (
     SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM subagents s
     WHERE s.search @@ (SELECT string_agg(query::text, ' | ')::tsquery FROM words WHERE is_looked_up)
         AND s.state <> 'archived'
-    ORDER BY (SELECT sum(weight) FROM words WHERE is_looked_up AND place <= 8 AND s.search @@ query) DESC NULLS LAST, s.id
+    ORDER BY (SELECT sum(weight) FROM words WHERE is_looked_up AND place <= 8 AND s.search @@ query)
+        DESC NULLS LAST, s.id
     LIMIT %(most_scored)s
 ), documents AS (
     SELECT id, name, state, search, length, NULL::text AS description, NULL::jsonb AS examples FROM found
@@ -78,7 +79,8 @@ templates AS MATERIALIZED (
 SELECT c.name, c.state, c.score, coalesce(c.description, v.description) AS description, known.tasks, known.lexemes,
     CASE WHEN place <= %(compared)s THEN tsvector_to_array(searchable(
         concat_ws(' ', replace(c.name, '_', ' '), coalesce(c.description, v.description)))) END AS about,
-    (SELECT jsonb_object_agg(lexeme, weight) FROM words WHERE left(lexeme, 1) <> '~') AS weights
+    (SELECT jsonb_object_agg(lexeme, weight) FROM words WHERE left(lexeme, 1) <> '~') AS weights,
+    (SELECT documents FROM size) AS among
 FROM shortlist c
     LEFT JOIN subagents s ON s.id = c.id
     LEFT JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version
@@ -134,6 +136,7 @@ class Shortlist:
 
     candidates: tuple[Candidate, ...]
     weights: dict[str, float]
+    among: int = 0  # so many they were chosen
 
 
 class Shortlists:
@@ -152,7 +155,9 @@ class Shortlists:
         }
         with self._source.connection() as connection:
             rows = connection.execute(CANDIDATES, values).fetchall()
-        return Shortlist(tuple(_candidate(row) for row in rows), rows[0]["weights"] or {} if rows else {})
+        if not rows:
+            return Shortlist((), {})
+        return Shortlist(tuple(_candidate(row) for row in rows), rows[0]["weights"] or {}, rows[0]["among"])
 
     def others(self, shortlist: Shortlist, templates: Sequence[Template], most: int) -> tuple[Candidate, ...] | None:
         """Everybody else, or None when all together are more than `most`."""

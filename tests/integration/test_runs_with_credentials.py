@@ -12,6 +12,7 @@ from pokestrator.building import Builder
 from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.redaction import Redactor
+from pokestrator.routing import Router
 from pokestrator.running import Runner, RunPolicy
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
 from pokestrator.store.budgets import Budgets
@@ -77,12 +78,12 @@ def runner_on(database: Database, credentials: Credentials, claude: Claude, temp
     return Runner(
         jobs=jobs,
         subagents=subagents,
-        shortlists=shortlists,
+        router=Router(shortlists, templates, "haiku"),
         credentials=credentials,
         templates=templates,
         asker=asker,
         builder=builder,
-        policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
+        policy=RunPolicy("sonnet", 30.0, "ask"),
     )
 
 
