@@ -12,7 +12,7 @@ from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Job
 from pokestrator.store.examples import add_examples, replace_template_examples
 from pokestrator.store.pool import Connection, ConnectionSource
-from pokestrator.store.versions import CURRENT, insert_version, subagent_of
+from pokestrator.store.versions import CURRENT, insert_version, locked, subagent_of
 from pokestrator.subagents import Author, Definition, Draft, Origin, Subagent, Template
 
 INSERT_SUBAGENT = """
@@ -77,9 +77,10 @@ class Subagents:
         changed = []
         for template in templates:
             with self._source.connection() as connection:
-                query = f"{CURRENT} WHERE s.name = %s AND s.origin = 'template' FOR UPDATE OF s"
-                row = connection.execute(query, [template.name]).fetchone()
-                if row is None or row["author"] != Author.TEMPLATE or row["digest"] == template.digest():
+                row = locked(connection, template.name)
+                if row is None or row["origin"] != Origin.TEMPLATE or row["author"] != Author.TEMPLATE:
+                    continue
+                if row["digest"] == template.digest():
                     continue
                 version = row["version"] + 1
                 insert_version(connection, row["id"], version, Author.TEMPLATE, template)
@@ -103,6 +104,6 @@ def _insert(
     created = connection.execute(INSERT_SUBAGENT, [name, origin]).fetchone()
     if created:
         insert_version(connection, created["id"], 1, author, definition)
-    row = connection.execute(f"{CURRENT} WHERE s.name = %s FOR UPDATE OF s", [name]).fetchone()
+    row = locked(connection, name)
     assert row is not None, "inserted or found above"
     return row, created is not None
