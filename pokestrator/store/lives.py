@@ -79,9 +79,7 @@ class Lives:
         with self._source.connection() as connection:
             row = _hold(connection, name)
             if row["state"] != State.ARCHIVED:
-                raise CannotChange(
-                    f"{name} is not archived, it is {'on ' * (row['state'] == 'probation')}{row['state']}"
-                )
+                raise CannotChange(f"{name} is not archived")
             connection.execute(RESTORE, [row["id"]])
             return _now(connection, name)
 
