@@ -28,18 +28,17 @@ from pokestrator.subagent_files import (
     read_form,
     template_file_of,
 )
-from pokestrator.tables import dollars, print_table, seconds, share, utc
+from pokestrator.tables import FIGURES, cells_of, fields_of, print_table, row_of, utc
 from pokestrator.telemetry import many_lines, one_line
 from pokestrator.terminal import accepted_settings, fail, line_to_database
 
 if TYPE_CHECKING:
     from pokestrator.keeping import Keeper
     from pokestrator.store.pool import Line
-    from pokestrator.store.versions import Figures, Version
+    from pokestrator.store.versions import Version
     from pokestrator.subagents import Definition, Subagent
 
 STDIN = "-"
-FIGURES = ("runs", "success", "p50", "mean cost")
 
 
 def answers(command: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +78,9 @@ def list_(archived: bool, limit: int, wants_json: bool) -> None:
         click.echo(json.dumps([_summary(*each) for each in found[:limit]], indent=2))
         return
     columns = ("name", "state", "version", "author", *FIGURES, "description")
-    print_table(columns, (_row(*each) for each in found[:limit])) if found else click.echo("There are none.", err=True)
+    print_table(columns, (row_of(*each) for each in found[:limit])) if found else click.echo(
+        "There are none.", err=True
+    )
     if unused:
         click.echo(f"Templates that no task has used yet: {', '.join(unused)}.", err=True)
 
@@ -101,10 +102,10 @@ def show(name: str, number: int | None, wants_json: bool) -> None:
             "state": subagent.state if subagent else "unused",
             "origin": subagent.origin if subagent else "template",
             "current_version": subagent.version if subagent else None,
-            **(_version_fields(shown) if shown else {"version": None}),
+            **(fields_of(shown) if shown else {"version": None}),
             "definition": definition.model_dump(mode="json"),
             "examples": [{"task": task, "author": author} for task, author in examples],
-            "versions": [_version_fields(version) for version in versions],
+            "versions": [fields_of(version) for version in versions],
         }
         click.echo(json.dumps(fields, indent=2))
         return
@@ -116,7 +117,7 @@ def show(name: str, number: int | None, wants_json: bool) -> None:
         click.echo(f"  {author:<8}  {one_line(task)}")
     if versions:
         click.echo()
-        rows = ((str(v.number), v.author, utc(v.at), *_cells(v.figures), v.note) for v in versions)
+        rows = ((str(v.number), v.author, utc(v.at), *cells_of(v.figures), v.note) for v in versions)
         print_table(("version", "author", "at", *FIGURES, "note"), rows)
 
 
@@ -286,7 +287,7 @@ def _keeper() -> Iterator[Keeper]:
 
 @contextmanager
 def _line() -> Iterator[tuple[Line, Keeper]]:
-    """A line, and the owner's hand, to the settings' database, whose tables are made if no service has run on it yet."""
+    """A line to the settings' database, whose tables are made if need be, and the owner's hand there."""
     from pokestrator.environ import process_redactor
     from pokestrator.keeping import Keeper
     from pokestrator.parts import make_vault
@@ -306,18 +307,4 @@ def _tell(wants_json: bool, fields: dict[str, Any], said: str) -> None:
 
 def _summary(subagent: Subagent, version: Version) -> dict[str, Any]:
     said = {"name": subagent.name, "state": subagent.state, "origin": subagent.origin}
-    return {**said, **_version_fields(version), "description": version.definition.description}
-
-
-def _version_fields(version: Version) -> dict[str, Any]:
-    fields = {"version": version.number, "author": version.author, "at": utc(version.at), "note": version.note}
-    return {**fields, **vars(version.figures)}
-
-
-def _row(subagent: Subagent, version: Version) -> tuple[str, ...]:
-    said = version.definition.description
-    return subagent.name, subagent.state, str(version.number), version.author, *_cells(version.figures), said
-
-
-def _cells(figures: Figures) -> tuple[str, ...]:
-    return str(figures.runs), share(figures.success_share), seconds(figures.p50_seconds), dollars(figures.mean_cost_usd)
+    return {**said, **fields_of(version), "description": version.definition.description}
