@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pokestrator.claude.pool import Claude
@@ -49,12 +50,18 @@ class Asker:
 
     def ask(self, job: Job, request: RunRequest) -> RunResult:
         """A run of Claude for a stored job. What is kept of it holds no credential, another subagent's neither."""
-        with self._redactor.also(self._credentials.every_value()):
+        with self.redacting():
             return self._ask(request, lambda event: self.note(job, event.kind, event.text))
 
     def ask_from_memory(self, request: RunRequest) -> RunResult:
         """A run of Claude for a job that is not stored; it has no timeline."""
         return self._ask(request, _ignore)
+
+    @contextmanager
+    def redacting(self) -> Iterator[Redactor]:
+        """What takes secrets out of texts, those of all credentials too, for as long as the block lasts."""
+        with self._redactor.also(self._credentials.every_value()):
+            yield self._redactor
 
     def note(self, job: Job, kind: str, text: str) -> None:
         """Add a line to the job's timeline, without what is secret."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pokestrator.asking import Asker
+from pokestrator.building import Builder
 from pokestrator.claude import processes
 from pokestrator.claude.confinement import Confinement
 from pokestrator.claude.pool import Claude, Slots
@@ -37,6 +38,7 @@ from pokestrator.store.rows import WAKE_CHANNEL
 from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
+from pokestrator.store.widening import Widening
 from pokestrator.subagents import Template
 from pokestrator.sweeping import Sweeper
 from pokestrator.telemetry import get_logger
@@ -195,13 +197,26 @@ def build(
         settings.model, settings.fast_model, settings.agent_timeout, settings.after_build, budgets.most_usd
     )
     credentials = Credentials(database, vault)
+    shortlists = Shortlists(database)
+    asker = Asker(jobs=jobs, credentials=credentials, budgets=budgets, claude=runs, redactor=redactor)
+    builder = Builder(
+        subagents=subagents,
+        widening=Widening(database),
+        shortlists=shortlists,
+        templates=templates,
+        asker=asker,
+        model=settings.fast_model,
+        timeout_seconds=settings.agent_timeout,
+        most_usd=budgets.most_usd,
+    )
     runner = Runner(
         jobs=jobs,
         subagents=subagents,
-        shortlists=Shortlists(database),
+        shortlists=shortlists,
         credentials=credentials,
         templates=templates,
-        asker=Asker(jobs=jobs, credentials=credentials, budgets=budgets, claude=runs, redactor=redactor),
+        asker=asker,
+        builder=builder,
         policy=policy,
     )
     service = Service(

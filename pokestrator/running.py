@@ -9,9 +9,9 @@ from datetime import UTC, date, datetime
 from typing import Literal
 
 from pokestrator.asking import Asker, failed, outcome_of
-from pokestrator.building import draft_request, read_draft, task_text
-from pokestrator.errors import InvalidDefinition
+from pokestrator.building import Builder
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route
+from pokestrator.material import task_text
 from pokestrator.routing import Decision, decide, decide_from_memory
 from pokestrator.runs import ErrorKind, RunRequest, sentence
 from pokestrator.store.credentials import Credentials
@@ -23,7 +23,6 @@ from pokestrator.telemetry import get_logger
 
 log = get_logger(__name__)
 
-NAMES_SHOWN = 300  # to the drafter, so that it takes another; a prompt must not grow with the table
 DEFAULT_MAX_TURNS = 30
 DEFAULT_MAX_BUDGET_USD = 1.0
 
@@ -71,6 +70,7 @@ class Runner:
         credentials: Credentials,
         templates: Sequence[Template],
         asker: Asker,
+        builder: Builder,
         policy: RunPolicy,
     ) -> None:
         self._jobs = jobs
@@ -80,6 +80,7 @@ class Runner:
         self._from_memory = MemoryBudget(policy.most_usd)
         self._templates = {template.name: template for template in templates}
         self._asker = asker
+        self._builder = builder
         self._policy = policy
 
     def outcome(self, job: Job) -> Outcome:
@@ -112,32 +113,13 @@ class Runner:
         return outcome_of(result, request.timeout_seconds)
 
     def _build(self, job: Job) -> Outcome:
-        self._asker.note(job, "drafting", f"asking {self._policy.fast_model} for a new subagent")
-        request = draft_request(
-            job.task,
-            job.metadata,
-            model=self._policy.fast_model,
-            names_taken=[*self._templates, *self._subagents.names(NAMES_SHOWN)],
-            timeout_seconds=self._policy.timeout_seconds,
-        )
-        budget = min(request.max_budget_usd, self._policy.most_usd)
-        request = replace(request, run_id=job.run_id, max_budget_usd=budget)
-        if lacking := self._asker.reserve(job, budget):
-            return lacking
-        result = self._asker.ask(job, request)
-        if result.error is not None:
-            return outcome_of(result, request.timeout_seconds)
-        try:
-            draft = read_draft(result, self._templates.keys())
-        except InvalidDefinition as error:
-            return failed(ErrorKind.INVALID_DRAFT, str(error), result.usage)
-        subagent = self._subagents.build(draft, job.task, since=job.created_at, claim=job)
-        self._asker.note(job, "built", f"{subagent.name}: {subagent.definition.description}")
-        log.info("built", request_id=str(job.id), subagent=subagent.name)
+        built = self._builder.build(job, {})
+        if isinstance(built, Outcome):
+            return built
         if self._policy.after_build == "run":
-            outcome = self._run_agent(job, subagent, result.usage.cost_usd)
-            return replace(outcome, usage=outcome.usage + result.usage)
-        return Outcome(JobState.SUCCEEDED, _built(subagent), usage=result.usage)
+            outcome = self._run_agent(job, built.subagent, built.usage.cost_usd)
+            return replace(outcome, usage=outcome.usage + built.usage)
+        return Outcome(JobState.SUCCEEDED, built.message, usage=built.usage)
 
     def outcome_from_memory(self, job: NewJob) -> Outcome:
         """Run a job that is not in the database, if a template fits it."""
@@ -185,8 +167,3 @@ def _without(missing: Mapping[str, str]) -> Outcome:
     kind = ErrorKind.NEEDS_CREDENTIALS
     detail = "; ".join(f"{name} {why}" for name, why in missing.items())
     return Outcome(JobState.FAILED, sentence(kind, missing=list(missing)), kind, detail)
-
-
-def _built(subagent: Subagent) -> str:
-    name, description = subagent.name.replace("_", " "), subagent.definition.description
-    return f"I had nothing for this yet, so I built “{name}”: {description} Please send the task again to run it."

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
+from pokestrator.redaction import REDACTED
 from pokestrator.subagents import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLES, NAME_PATTERN, Definition, Tool
 
 ALIKE = 0.8  # shared words over all words of two descriptions, from which one could stand for the other
@@ -102,11 +103,15 @@ def _of_text(field: str, text: str, redact: Callable[[str], str]) -> Iterator[st
     if found := _CONTROLS.search(text):
         character = "a NUL character" if found[0] == "\x00" else "a control character"
         yield f"{field}: holds {character} (U+{ord(found[0]):04X}); take it out"
-    if redact(text) != text:
-        yield f"{field}: holds a secret of this service; take it out, and name the credential it is in place of it"
-    for kind, form in _SECRETS.items():
-        if form.search(text):
-            yield f"{field}: holds what looks like {kind}; take it out: credentials are given to runs by name"
+    if secret := secret_in(text, redact):
+        yield f"{field}: holds {secret}; take it out: credentials are given to runs by name"
+
+
+def secret_in(text: str, redact: Callable[[str], str]) -> str | None:
+    """What kind of secret a text holds, or has had taken out of it; None if it seems to hold none."""
+    if REDACTED in text or redact(text) != text:
+        return "a secret of this service"
+    return next((f"what looks like {kind}" for kind, form in _SECRETS.items() if form.search(text)), None)
 
 
 def _of_tools(definition: Definition) -> Iterator[str]:

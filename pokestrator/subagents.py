@@ -107,7 +107,7 @@ class Template(Definition):
 
 
 class Draft(BaseModel):
-    """What the drafter answers: a new subagent. Its JSON Schema is what Claude is held to."""
+    """What the drafter answers: a new subagent, or a wider version of one. Claude is held to its JSON Schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -118,13 +118,17 @@ class Draft(BaseModel):
     system_prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=40, max_length=20_000)] = Field(
         description="How it works, what it returns on a phone screen, what it says when it has no access."
     )
-    examples: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10)] = Field(
-        description="Tasks that people would send it, each as they would write it."
+    examples: Annotated[tuple[Text, ...], Field(min_length=5, max_length=10)] = Field(
+        description="Five to ten different tasks that people would send it, each as they would write it."
     )
     tools: tuple[Tool, ...] = Field(default=(), description="The tools it needs and no more.")
     # Whole names alone: it is Claude that proposes them, for a task that a stranger may have worded.
     hosts: Annotated[tuple[Hostname, ...], Field(max_length=10)] = Field(
         default=(), description="The public hosts it has to reach, each by its whole name, e.g. api.example.com."
+    )
+    widens: Name | None = Field(
+        default=None,
+        description="The existing subagent that should take this task too, and whose new version this is; else null.",
     )
 
     def definition(self) -> Definition:

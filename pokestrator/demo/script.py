@@ -10,9 +10,11 @@ number of assistant messages that follow, so a retried request meets the same st
               {"hang": seconds}        {"hang": seconds, "after_start": true}
               {"cut": true}            {"malformed": true}                {"sse_error": "overloaded_error"}
 
-Any step takes `"delay": seconds`, `"usage": {…}` and `"for": "draft" | "run"` (only where structured output is asked
-for, or only where it is not). A fault lasts for ever or for `"times"` requests, and then the next step is played; it
-counts by the text of the message that holds the script, over all sessions.
+Any step takes `"delay": seconds`, `"usage": {…}`, `"for": "draft" | "run"` (only where structured output is asked
+for, or only where it is not) and `"try": 1 | 2` (only in the first question for a draft, or only in the one that is put
+after a draft was refused: a conversation of its own, which begins with the first of its steps). A fault lasts for ever
+or for `"times"` requests, and then the next step is played; it counts by the text of the message that holds the script,
+over all sessions.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def turn_of(body: Body) -> Turn:
         if found is None:
             continue
         text, script = found
-        turns = _turns([step for step in script if step.get("for", wanted) == wanted])
+        tried = 2 if "\n<refused_draft>\n" in text else 1
+        meant = [step for step in script if step.get("for", wanted) == wanted and step.get("try", tried) == tried]
+        turns = _turns(meant)
         if not turns:
             break
         position = sum(later.get("role") == "assistant" for later in messages[index + 1 :])
@@ -177,8 +181,11 @@ _STOP_WORDS = frozenset(_COMMON_WORDS.split())
 _SYSTEM_PROMPT = (
     "You do tasks of one kind for people who read your answer on a phone. Work out what is asked, do it with what you "
     "have, and check it. Answer in a few short sentences of plain text, the result first. If you lack access to "
-    "something you need, say in one sentence what is missing. The first task of this kind was: {task}"
+    "something you need, say in one sentence what is missing."
 )
+
+_VARIATIONS = ("", ", please", ", as last week", ", for a friend of mine", ", but in fewer words")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _unscripted(body: Body) -> Step:
@@ -197,12 +204,12 @@ def _unscripted(body: Body) -> Step:
 
 def draft_for(task: str) -> dict[str, Any]:
     """A subagent for `task`, whatever it says: always a valid pokestrator.subagents.Draft."""
-    task = task.encode("utf-8", "replace").decode().strip() or "(a task without words)"
+    task = _CONTROLS.sub(" ", task).encode("utf-8", "replace").decode().strip() or "(a task without words)"
     return {
         "name": _name(task),
         "description": f"Takes tasks such as: {one_line(task, 300)}",
-        "system_prompt": _SYSTEM_PROMPT.format(task=one_line(task, 300)),
-        "examples": [task[:2_000]],
+        "system_prompt": _SYSTEM_PROMPT,
+        "examples": [task[:1_950] + more for more in _VARIATIONS],
         "tools": [],
         "hosts": [],
     }

@@ -13,10 +13,19 @@ from pokestrator.jobs import Job
 from pokestrator.store.examples import add_examples, replace_template_examples
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.versions import CURRENT, insert_version, locked, subagent_of
-from pokestrator.subagents import Author, Definition, Draft, Origin, Subagent, Template
+from pokestrator.subagent_checks import alike, words_of
+from pokestrator.subagents import Author, Definition, Draft, Origin, State, Subagent, Template
 
 INSERT_SUBAGENT = """
-INSERT INTO subagents (name, origin, version) VALUES (%s, %s, 1) ON CONFLICT (name) DO NOTHING RETURNING id"""
+INSERT INTO subagents (name, origin, state, version) VALUES (%s, %s, %s, 1) ON CONFLICT (name) DO NOTHING
+RETURNING id"""
+
+# Held until the transaction ends: of two that build at once, the second sees what the first has built.
+LOCK_BUILDING = "SELECT pg_advisory_xact_lock(hashtextextended('pokestrator building', 0))"
+
+BUILT_SINCE = f"""
+SELECT name, description FROM (
+    {CURRENT} WHERE s.created_at >= %s AND s.state <> 'archived' AND v.author = 'drafter') c"""
 
 HOLD_CLAIM = "SELECT id FROM jobs WHERE id = %s AND claim_seq = %s AND state = 'running' FOR SHARE"
 
@@ -50,24 +59,26 @@ class Subagents:
                 add_examples(connection, row["id"], template.examples, Author.TEMPLATE)
         return subagent_of(row)
 
-    def build(self, draft: Draft, cause: str, *, since: datetime, claim: Job | None = None) -> Subagent:
-        """Store a draft; `cause`, the task it was drafted for, is its first example.
+    def build(self, draft: Draft, cause: str | None, *, since: datetime, claim: Job | None = None) -> Subagent:
+        """Store a draft, on probation; `cause`, the task it was drafted for, is its first example, unless it is None.
 
-        Two jobs that draft one name at the same time end with one subagent, which then knows both tasks. One that had
-        the name before `since`, when the task came, is another subagent, which did not fit: the new one is numbered.
-        With `claim`, only for a job that still is the caller's: raises LeaseLost.
+        Two jobs that draft one name, or nearly one description, at the same time end with one subagent, which then
+        knows both tasks. One that had the name before `since`, when the task came, is another subagent, which did not
+        fit: the new one is numbered. With `claim`, only for a job that still is the caller's: raises LeaseLost.
         """
-        for number in itertools.count(1):
-            name = draft.name if number == 1 else f"{draft.name[:44]}_{number}"
-            with self._source.connection() as connection:
-                if claim is not None:
-                    _hold(connection, claim)
+        causes = () if cause is None else (cause,)
+        with self._source.connection() as connection:
+            if claim is not None:
+                hold_claim(connection, claim)
+            connection.execute(LOCK_BUILDING)
+            wanted = _twin(connection, draft, since) or draft.name
+            for number in itertools.count(1):
+                name = wanted if number == 1 else f"{wanted[:44]}_{number}"
                 row, created = _insert(connection, name, Origin.BUILT, Author.DRAFTER, draft.definition())
-                if not created and row["created_at"] < since:
-                    continue
-                add_examples(connection, row["id"], (cause, *draft.examples) if created else (cause,), Author.DRAFTER)
-            return subagent_of(row)
-        raise AssertionError("count() has no end")
+                if created or row["created_at"] >= since:
+                    break
+            add_examples(connection, row["id"], (*causes, *draft.examples) if created else causes, Author.DRAFTER)
+        return subagent_of(row)
 
     def follow(self, templates: Sequence[Template]) -> list[str]:
         """Give stored templates whose file has changed a new version, unless the owner has edited them.
@@ -90,20 +101,31 @@ class Subagents:
         return changed
 
 
-def _hold(connection: Connection, claim: Job) -> None:
+def hold_claim(connection: Connection, claim: Job) -> None:
     """Keep a job with its owner until the end of the transaction. Raises LeaseLost where it has another one by now."""
     if connection.execute(HOLD_CLAIM, [claim.id, claim.claim_seq]).fetchone() is None:
         raise LeaseLost(f"job {claim.id} has another owner or has ended")
+
+
+def _twin(connection: Connection, draft: Draft, since: datetime) -> str | None:
+    """The subagent that was built since then and says what the draft says, under another name."""
+    own = words_of(draft.description)
+    for row in connection.execute(BUILT_SINCE, [since]):
+        if alike(own, words_of(row["description"])):
+            name: str = row["name"]
+            return name
+    return None
 
 
 def _insert(
     connection: Connection, name: str, origin: Origin, author: Author, definition: Definition
 ) -> tuple[DictRow, bool]:
     """The locked row of this name with its current version, and whether it was made here."""
-    # Of two that store one name at once, the second waits here for the first to commit.
-    created = connection.execute(INSERT_SUBAGENT, [name, origin]).fetchone()
-    if created:
-        insert_version(connection, created["id"], 1, author, definition)
-    row = locked(connection, name)
-    assert row is not None, "inserted or found above"
-    return row, created is not None
+    state = State.PROBATION if origin is Origin.BUILT else State.ACTIVE
+    while True:
+        # Of two that store one name at once, the second waits here for the first to commit.
+        created = connection.execute(INSERT_SUBAGENT, [name, origin, state]).fetchone()
+        if created:
+            insert_version(connection, created["id"], 1, author, definition)
+        if row := locked(connection, name):  # else it was renamed just now
+            return row, created is not None

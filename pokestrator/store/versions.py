@@ -94,13 +94,18 @@ class Versions:
             return {row["name"]: row["description"] for row in connection.execute(DESCRIPTIONS)}
 
 
-def locked(connection: Connection, name: str) -> DictRow | None:
-    """A row of CURRENT, whose subagent is locked until the end of the transaction.
+def lock_subagent(connection: Connection, name: str) -> bool:
+    """Lock the row of this name until the end of the transaction; False if there is none.
 
-    In two steps: who waits for the lock in a query that joins the versions finds no row, if meanwhile another version
-    has become the current one.
+    A statement of its own: one that locks while it joins finds nothing when it had to wait for a new version, because
+    it looks for the version that it saw before it waited.
     """
-    if connection.execute(LOCK, [name]).fetchone() is None:
+    return connection.execute(LOCK, [name]).fetchone() is not None
+
+
+def locked(connection: Connection, name: str) -> DictRow | None:
+    """A row of CURRENT, whose subagent is locked until the end of the transaction."""
+    if not lock_subagent(connection, name):
         return None
     return connection.execute(f"{CURRENT} WHERE s.name = %s", [name]).fetchone()
 

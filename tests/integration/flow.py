@@ -119,9 +119,14 @@ def draft(name: str, **changes: Any) -> Draft:
         "name": name,
         "description": f"Takes tasks of the kind {name.replace('_', ' ')}.",
         "system_prompt": "You do tasks of one kind and answer in a few short sentences of plain text.",
-        "examples": [f"Please do {name.replace('_', ' ')}"],
+        "examples": examples_for(f"Please do {name.replace('_', ' ')}"),
     }
     return Draft(**{**values, **changes})
+
+
+def examples_for(first: str) -> list[str]:
+    """As many different tasks as a draft must have."""
+    return [first, *(f"{first} for {whom}" for whom in ("Ann", "Ben", "Cleo", "Dan"))]
 
 
 # tasks -------------------------------------------------------------------------------------------------------------

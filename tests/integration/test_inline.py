@@ -47,7 +47,7 @@ ROAD = [
     "service.py run_now",
     "store/jobs.py claim_one",
     "service.py run_job",
-    "store/subagents.py candidates",
+    "store/shortlist.py candidates",
     "routing.py decide",
     "store/subagents.py adopt",
     "store/jobs.py record_route",
@@ -180,7 +180,7 @@ def test_a_build_goes_in_one_thread_too(application: Application, inbox: Inbox, 
         orchestrate(url, UNFITTING_TASK)
         [received] = inbox.wait_for(1, 20)
     assert "send the task again" in contents([received])[0]
-    road = ["building.py draft_request", "claude/worker.py run", "building.py read_draft", "store/subagents.py build"]
+    road = ["drafting.py draft_request", "claude/worker.py run", "drafting.py read_draft", "store/subagents.py build"]
     assert in_order(recorder.calls, [*road, "store/jobs.py finish", "poke/api.py send"]) == []
     assert recorder.threads == {"http", "relay", "supervisor"}  # its own, and those that an agent's connections need
 

@@ -20,6 +20,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKError, ResultMessage, 
 
 from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.demo.script import draft_for
+from pokestrator.subagent_checks import problems_of
 from pokestrator.subagents import Draft, parse
 
 DRAFT_FORMAT = {"type": "json_schema", "schema": Draft.model_json_schema()}
@@ -125,7 +126,7 @@ def test_without_a_script_the_cli_gets_a_valid_draft_for_the_task(api: MessagesA
     result = ask_claude(api, f"Draft a subagent.\n<task>\n{task}\n</task>", output_format=DRAFT_FORMAT)
     draft = parse(Draft, result.structured_output)
     assert draft.name == "find_cheap_flights"
-    assert draft.examples == (task,)
+    assert draft.examples[0] == task
 
 
 def test_without_a_script_a_run_gets_an_answer_that_says_it_is_scripted(
@@ -393,7 +394,7 @@ def test_a_draft_is_named_after_words_of_its_task(task: str, name: str) -> None:
 def test_a_draft_is_valid_whatever_the_task(task: str) -> None:
     draft = parse(Draft, draft_for(task))
     assert draft.tools == ()
-    assert draft.examples and len(draft.examples[0]) <= 2_000
+    assert problems_of(draft.name, draft.definition(), draft.examples, others={}, redact=str) == []
     assert parse(Draft, draft_for(task)) == draft, "the same task makes the same draft"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pokestrator.asking import Asker
+from pokestrator.building import Builder
 from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.redaction import Redactor
@@ -21,6 +22,8 @@ from pokestrator.store.pool import Database
 from pokestrator.store.secrets import Vault, new_key
 from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
+from pokestrator.store.widening import Widening
+from pokestrator.subagents import Template
 from tests.integration.flow import POET_TASK, job_row, poet, quiet_task
 
 
@@ -51,6 +54,38 @@ def credentials(database: Database) -> Credentials:
     return Credentials(database, Vault(new_key()))
 
 
+def runner_on(database: Database, credentials: Credentials, claude: Claude, templates: list[Template]) -> Runner:
+    """A runner on real stores, whose Claude is this one."""
+    jobs, subagents, shortlists = Jobs(database), Subagents(database), Shortlists(database)
+    asker = Asker(
+        jobs=jobs,
+        credentials=credentials,
+        budgets=Budgets(database, 20.0, 10.0),
+        claude=claude,
+        redactor=Redactor(),
+    )
+    builder = Builder(
+        subagents=subagents,
+        widening=Widening(database),
+        shortlists=shortlists,
+        templates=templates,
+        asker=asker,
+        model="haiku",
+        timeout_seconds=30.0,
+        most_usd=10.0,
+    )
+    return Runner(
+        jobs=jobs,
+        subagents=subagents,
+        shortlists=shortlists,
+        credentials=credentials,
+        templates=templates,
+        asker=asker,
+        builder=builder,
+        policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
+    )
+
+
 @pytest.fixture
 def run(
     database: Database, jobs: Jobs, subagents: Subagents, credentials: Credentials, claude: Claude
@@ -58,23 +93,8 @@ def run(
     """Run POET_TASK with a template that has these fields; the outcome, and the job's row before it is ended."""
 
     def run(url: str, **fields: Any) -> tuple[Outcome, dict[str, Any]]:
-        policy = RunPolicy("sonnet", "haiku", 30.0, "ask")
         templates = [poet(**fields)]
-        runner = Runner(
-            jobs=jobs,
-            subagents=subagents,
-            shortlists=Shortlists(database),
-            credentials=credentials,
-            templates=templates,
-            asker=Asker(
-                jobs=jobs,
-                credentials=credentials,
-                budgets=Budgets(database, 20.0, 10.0),
-                claude=claude,
-                redactor=Redactor(),
-            ),
-            policy=policy,
-        )
+        runner = runner_on(database, credentials, claude, templates)
         subagents.follow(templates)
         job = jobs.insert_claimed(quiet_task(POET_TASK), "me", 60)
         outcome = runner.outcome(job)
@@ -153,22 +173,7 @@ def test_a_version_keeps_its_optional_credentials(subagents: Subagents) -> None:
 @pytest.mark.parametrize("field", ["credentials", "optional_credentials"])
 def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, claude: Player) -> None:
     away = Database("postgresql://nobody@127.0.0.1:9/none")  # never opened
-    jobs, credentials = Jobs(away), Credentials(away, Vault())
-    runner = Runner(
-        jobs=jobs,
-        subagents=Subagents(away),
-        shortlists=Shortlists(away),
-        credentials=credentials,
-        templates=[poet(**{field: ["SEA_KEY"]})],
-        asker=Asker(
-            jobs=jobs,
-            credentials=credentials,
-            budgets=Budgets(away, 20.0, 10.0),
-            claude=claude,
-            redactor=Redactor(),
-        ),
-        policy=RunPolicy("sonnet", "haiku", 30.0, "ask"),
-    )
+    runner = runner_on(away, Credentials(away, Vault()), claude, [poet(**{field: ["SEA_KEY"]})])
     outcome = runner.outcome_from_memory(quiet_task(POET_TASK))
     assert (outcome.state, outcome.error) == (JobState.FAILED, ErrorKind.NOT_STORED)
     assert outcome.detail == "the credentials of sea_poet are in the database"

@@ -141,12 +141,6 @@ def test_two_jobs_that_draft_one_name_end_with_one_subagent(application: Applica
     assert set(tasks) <= examples
 
 
-def test_a_draft_that_takes_a_templates_name_gets_another(application: Application) -> None:
-    hiding = {**SCARF, "name": "sea_poet"}
-    done(application, task(UNFITTING_TASK, {"structured": hiding, "for": "draft"}))
-    assert [subagent.name for subagent in application.subagents.all()] == ["sea_poet_built"]
-
-
 # building that fails -----------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,7 @@ def test_a_template_that_eight_threads_adopt_at_once_is_one_subagent(subagents: 
 def test_the_task_that_caused_a_subagent_is_its_first_example(subagents: Subagents, database_url: str) -> None:
     built = subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
     assert (built.origin, built.version) == (Origin.BUILT, 1)
-    assert examples_of(database_url, "scarf_coder") == {UNFITTING_TASK, "Please do scarf coder"}
+    assert examples_of(database_url, "scarf_coder") == {UNFITTING_TASK, *draft("scarf_coder").examples}
     assert authors_of(database_url, "scarf_coder") == ["drafter"]
 
 

@@ -335,7 +335,7 @@ def test_an_export_is_taken_in_elsewhere_with_its_examples(
     now, before = keeper.take_in(moved.name, moved.definition, moved.examples, note="imported")
     assert (before, now.version, now.definition, now.state) == (None, 1, coder.definition, State.ACTIVE)
     assert dict(lives.examples("scarf_coder")) == dict.fromkeys(moved.examples, Author.OWNER)
-    assert set(moved.examples) == {UNFITTING_TASK, "Please do scarf coder"}
+    assert set(moved.examples) == {UNFITTING_TASK, *draft("scarf_coder").examples}
 
 
 def test_a_name_that_exists_gets_a_new_version_only_if_that_is_wanted(
@@ -374,10 +374,8 @@ def test_examples_that_no_import_would_take_are_left_out_and_those_of_people_if_
     for task, source in [("Ring \x07 twice", "owner"), ("Knit for Ann, 5 Elm St", "person")]:
         rows(database_url, learn, coder.id, task, source)
     moved = keeper.export("scarf_coder")
-    assert (set(moved.examples), moved.left_out) == (
-        {UNFITTING_TASK, "Please do scarf coder", "Knit for Ann, 5 Elm St"},
-        1,
-    )
+    assert set(moved.examples) == {UNFITTING_TASK, *draft("scarf_coder").examples, "Knit for Ann, 5 Elm St"}
+    assert moved.left_out == 1
     assert "Knit for Ann, 5 Elm St" not in keeper.export("scarf_coder", learned=False).examples
 
 

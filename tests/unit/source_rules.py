@@ -19,9 +19,11 @@ MAX_LINES = 320
 FLOORS = {
     **dict.fromkeys(["settings", "setting_checks", "credential_names", "environ", "postgres_url"], 1),
     **dict.fromkeys(["addresses", "dialing", "errors", "redaction", "telemetry"], 1),
-    **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents", "subagent_checks", "subagent_files"], 1),
+    **dict.fromkeys(
+        ["runs", "jobs", "schedule", "intake", "subagents", "subagent_checks", "subagent_files", "material"], 1
+    ),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
-    **dict.fromkeys(["asking", "delivery", "sweeping", "keeping"], 3),
+    **dict.fromkeys(["asking", "drafting", "delivery", "sweeping", "keeping"], 3),
     **dict.fromkeys(["routing", "building"], 4),
     "running": 5,
     **dict.fromkeys(["service", "dispatcher", "parts"], 6),

@@ -66,7 +66,7 @@ def test_a_draft_names_no_credential_at_all() -> None:
     drafted = {
         **DEFINITION,
         "name": "sheep_counter",
-        "examples": ["how many sheep?"],
+        "examples": [f"how many sheep are on photo {number}?" for number in range(5)],
         "credentials": ["STRIPE_API_KEY"],
     }
     with pytest.raises(InvalidDefinition, match="credentials: Extra inputs"):

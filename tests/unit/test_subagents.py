@@ -16,7 +16,7 @@ DEFINITION: dict[str, Any] = {
     "system_prompt": "You count the sheep that you are shown. Answer with one number.",
 }
 TEMPLATE: dict[str, Any] = {**DEFINITION, "name": "sheep_counter", "examples": ["how many sheep are there?"]}
-DRAFT = TEMPLATE
+DRAFT: dict[str, Any] = {**TEMPLATE, "examples": [f"how many sheep are on photo {number}?" for number in range(5)]}
 
 
 def problems(model: type[BaseModel], /, **changes: object) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def definition(**changes: object) -> Definition:
 
 @pytest.mark.parametrize("model", [Definition, Template, Draft])
 def test_the_smallest_definition_has_no_tools_and_no_reach(model: type[BaseModel]) -> None:
-    value = parse(model, DEFINITION if model is Definition else TEMPLATE)
+    value = parse(model, {Definition: DEFINITION, Template: TEMPLATE, Draft: DRAFT}[model])
     assert value.tools == ()  # type: ignore[attr-defined]
     assert definition().hosts == definition().credentials == ()
     assert (definition().model, definition().timeout_seconds, definition().max_turns) == (None, None, None)
@@ -42,7 +42,7 @@ def test_the_smallest_definition_has_no_tools_and_no_reach(model: type[BaseModel
 @pytest.mark.parametrize("field", ["name", "description", "system_prompt"])
 def test_a_missing_field_is_named(model: type[BaseModel], field: str) -> None:
     with pytest.raises(InvalidDefinition) as caught:
-        parse(model, {name: value for name, value in TEMPLATE.items() if name != field})
+        parse(model, {name: value for name, value in (DRAFT if model is Draft else TEMPLATE).items() if name != field})
     assert caught.value.problems == (f"{field}: Field required",)
 
 
@@ -100,9 +100,9 @@ def test_blanks_around_texts_are_cut_off() -> None:
     assert definition(description=f"  {DEFINITION['description']}\n").description == DEFINITION["description"]
 
 
-def test_a_draft_needs_an_example_and_has_at_most_ten() -> None:
+def test_a_draft_has_five_to_ten_examples() -> None:
     assert len(parse(Draft, {**DRAFT, "examples": ["count"] * 10}).examples) == 10
-    for examples in ([], ["count"] * 11):
+    for examples in ([], ["count"] * 4, ["count"] * 11):
         (problem,) = problems(Draft, examples=examples)
         assert problem.startswith("examples: ")
 
@@ -229,7 +229,9 @@ def test_the_schema_of_a_draft_is_one_plain_object() -> None:
     schema = Draft.model_json_schema()
     assert schema["type"] == "object"
     assert schema["additionalProperties"] is False
-    assert schema["properties"].keys() == {"name", "description", "system_prompt", "examples", "tools", "hosts"}
+    assert schema["properties"].keys() == {
+        *("name", "description", "system_prompt", "examples", "tools", "hosts", "widens")
+    }
     assert set(schema["required"]) == {"name", "description", "system_prompt", "examples"}
     assert "$ref" not in str(schema)
 
