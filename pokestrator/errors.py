@@ -6,6 +6,8 @@ PokestratorError
 ├── TryAgainLater        nothing was stored, and the same call may work in a moment
 │   └── TooManyTasks     its caller has used up a limit
 ├── InvalidDefinition    a template or a draft that breaks the rules for subagents
+├── UnknownSubagent      no subagent has this name
+├── CannotChange         a subagent cannot be changed like this, as things are; the text says why and what to do
 ├── SecretKeyError       a secret cannot be encrypted or decrypted: no key, or not the one it was encrypted with
 ├── StoreUnavailable     PostgreSQL cannot be reached or did not answer in time
 └── LeaseLost            this process no longer owns the job; its result is thrown away
@@ -61,6 +63,14 @@ class InvalidDefinition(PokestratorError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(problems))
+
+
+class UnknownSubagent(PokestratorError):
+    """There is no subagent, and no version of one, that is called like this."""
+
+
+class CannotChange(PokestratorError):
+    """A change of a subagent that is refused: a name that is taken, a version that is no longer the current one, …"""
 
 
 class SecretKeyError(PokestratorError):

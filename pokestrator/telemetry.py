@@ -85,10 +85,17 @@ def log_uncaught_errors() -> None:
     sys.unraisablehook = lambda args: log_error(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "·")
+# What turns the direction of writing, or cannot be seen, shows a reader something else than what is there.
+_UNSEEN = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000), *range(0xE0000, 0xE0080)]
+_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0), *_UNSEEN], "·")
 
 
 def one_line(text: str, limit: int = 200) -> str:
     """`text` on one line, cut to `limit` characters and without what a terminal would obey, for logs and timelines."""
     flat = " ".join(text.split()).translate(_CONTROLS)
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def many_lines(text: str) -> str:
+    """`text` with its lines and without what a terminal would obey."""
+    return "\n".join(line.expandtabs(4).translate(_CONTROLS) for line in text.replace("\r\n", "\n").split("\n"))

@@ -93,7 +93,7 @@ INSERT INTO job_events (job_id, kind, text)
 SELECT id, %(kind)s, %(text)s FROM jobs WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'"""
 
 BEGIN_RUN = """
-UPDATE jobs SET runs = runs + 1, subagent_id = %(subagent_id)s, subagent_version = %(version)s
+UPDATE jobs SET runs = runs + 1, subagent_id = %(subagent_id)s, subagent_version = %(version)s, run_began_at = now()
 WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'
 RETURNING id"""
 

@@ -12,15 +12,13 @@ from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Job
 from pokestrator.store.examples import add_examples, replace_template_examples
 from pokestrator.store.pool import Connection, ConnectionSource
-from pokestrator.store.versions import CURRENT, insert_version, subagent_of
+from pokestrator.store.versions import CURRENT, insert_version, locked, subagent_of
 from pokestrator.subagent_checks import alike, words_of
 from pokestrator.subagents import Author, Definition, Draft, Origin, State, Subagent, Template
 
 INSERT_SUBAGENT = """
 INSERT INTO subagents (name, origin, state, version) VALUES (%s, %s, %s, 1) ON CONFLICT (name) DO NOTHING
 RETURNING id"""
-
-LOCK = "SELECT id FROM subagents WHERE name = %s FOR UPDATE"
 
 # Held until the transaction ends: of two that build at once, the second sees what the first has built.
 LOCK_BUILDING = "SELECT pg_advisory_xact_lock(hashtextextended('pokestrator building', 0))"
@@ -90,10 +88,10 @@ class Subagents:
         changed = []
         for template in templates:
             with self._source.connection() as connection:
-                lock_subagent(connection, template.name)
-                query = f"{CURRENT} WHERE s.name = %s AND s.origin = 'template'"
-                row = connection.execute(query, [template.name]).fetchone()
-                if row is None or row["author"] != Author.TEMPLATE or row["digest"] == template.digest():
+                row = locked(connection, template.name)
+                if row is None or row["origin"] != Origin.TEMPLATE or row["author"] != Author.TEMPLATE:
+                    continue
+                if row["digest"] == template.digest():
                     continue
                 version = row["version"] + 1
                 insert_version(connection, row["id"], version, Author.TEMPLATE, template)
@@ -107,15 +105,6 @@ def hold_claim(connection: Connection, claim: Job) -> None:
     """Keep a job with its owner until the end of the transaction. Raises LeaseLost where it has another one by now."""
     if connection.execute(HOLD_CLAIM, [claim.id, claim.claim_seq]).fetchone() is None:
         raise LeaseLost(f"job {claim.id} has another owner or has ended")
-
-
-def lock_subagent(connection: Connection, name: str) -> bool:
-    """Lock the row of this name until the end of the transaction; False if there is none.
-
-    A statement of its own: one that locks while it joins finds nothing when it had to wait for a new version, because
-    it looks for the version that it saw before it waited.
-    """
-    return connection.execute(LOCK, [name]).fetchone() is not None
 
 
 def _twin(connection: Connection, draft: Draft, since: datetime) -> str | None:
@@ -138,8 +127,5 @@ def _insert(
         created = connection.execute(INSERT_SUBAGENT, [name, origin, state]).fetchone()
         if created:
             insert_version(connection, created["id"], 1, author, definition)
-        if lock_subagent(connection, name):  # else it was renamed just now
-            break
-    row = connection.execute(f"{CURRENT} WHERE s.name = %s", [name]).fetchone()
-    assert row is not None, "locked above"
-    return row, created is not None
+        if row := locked(connection, name):  # else it was renamed just now
+            return row, created is not None

@@ -42,14 +42,15 @@ def load_templates(folder: Path) -> tuple[tuple[Template, ...], tuple[TemplatePr
 
 
 def _load(path: Path) -> Template:
-    template = parse(Template, _object(_text(path)))
+    template = parse(Template, read_object(path))
     problems = [*_name_problems(template, path), *_nul_problems(template)]
     if problems:
         raise InvalidDefinition(problems)
     return template
 
 
-def _text(path: Path) -> str:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InvalidDefinition."""
     try:
         if not path.is_file():  # reading a pipe would wait for ever
             raise InvalidDefinition(["file: is not a regular file"])
@@ -57,15 +58,17 @@ def _text(path: Path) -> str:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidDefinition([f"file: cannot be read ({error.strerror})"]) from error
+    return object_of(content)
+
+
+def object_of(content: bytes) -> dict[str, Any]:
+    """The JSON object that a file holds whose first MAX_BYTES + 1 bytes are `content`. Raises InvalidDefinition."""
     if len(content) > MAX_BYTES:
         raise InvalidDefinition([f"file: is larger than {MAX_BYTES // 1024} KB"])
     try:
-        return content.decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise InvalidDefinition([f"file: is not UTF-8 (byte {error.start})"]) from error
-
-
-def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except RecursionError as error:

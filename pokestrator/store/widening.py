@@ -8,8 +8,8 @@ from datetime import datetime
 from pokestrator.jobs import Job
 from pokestrator.store.examples import add_examples
 from pokestrator.store.pool import ConnectionSource
-from pokestrator.store.subagents import hold_claim, lock_subagent
-from pokestrator.store.versions import CURRENT, insert_version, subagent_of
+from pokestrator.store.subagents import hold_claim
+from pokestrator.store.versions import CURRENT, insert_version, lock_subagent, subagent_of
 from pokestrator.subagents import Author, Definition, Subagent
 
 # What a stranger's task may never have reworded: what the owner or a template said last, what is given credentials,

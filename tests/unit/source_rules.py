@@ -19,15 +19,17 @@ MAX_LINES = 320
 FLOORS = {
     **dict.fromkeys(["settings", "setting_checks", "credential_names", "environ", "postgres_url"], 1),
     **dict.fromkeys(["addresses", "dialing", "errors", "redaction", "telemetry"], 1),
-    **dict.fromkeys(["runs", "jobs", "schedule", "intake", "subagents", "subagent_checks", "material"], 1),
+    **dict.fromkeys(
+        ["runs", "jobs", "schedule", "intake", "subagents", "subagent_checks", "subagent_files", "material"], 1
+    ),
     **dict.fromkeys(["store", "claude", "poke", "liveness"], 2),
-    **dict.fromkeys(["asking", "drafting", "delivery", "sweeping"], 3),
+    **dict.fromkeys(["asking", "drafting", "delivery", "sweeping", "keeping"], 3),
     **dict.fromkeys(["routing", "building"], 4),
     "running": 5,
     **dict.fromkeys(["service", "dispatcher", "parts"], 6),
     **dict.fromkeys(["bootstrap", "following"], 7),
-    **dict.fromkeys(["web", "demo", "terminal"], 8),
-    "cli_credentials": 9,
+    **dict.fromkeys(["web", "demo", "terminal", "tables", "editing"], 8),
+    **dict.fromkeys(["cli_credentials", "cli_subagents"], 9),
     **dict.fromkeys(["cli", "__main__"], 10),
     **dict.fromkeys(PROCESS_FILES, 11),
     "__init__": 0,
@@ -65,7 +67,12 @@ ENVIRON = (
     *PROCESS_FILES,
 )
 TEMPLATE_FILES = ("pokestrator/store/templates.py",)
-TEMPLATES_FOLDER = (*TEMPLATE_FILES, "pokestrator/bootstrap.py", "pokestrator/cli.py")  # they hand it on
+TEMPLATES_FOLDER = (  # they hand it on
+    *TEMPLATE_FILES,
+    "pokestrator/bootstrap.py",
+    "pokestrator/cli.py",
+    "pokestrator/cli_subagents.py",
+)
 SETTINGS = (
     "pokestrator/settings.py",
     "pokestrator/environ.py",
