@@ -57,15 +57,12 @@ class Dispatcher:
         self._claims, self._heartbeats = claims, heartbeats
         self._cancellations = cancellations
         self._sweeper = sweeper
-        self._notifications = notifications
+        self._notifications, self._statistics = notifications, statistics
         self._prepare, self._revive = prepare, revive
-        self._run_job = run
-        self._cancel_run = cancel_run
+        self._run_job, self._cancel_run = run, cancel_run
         self._abort_runs = abort_runs
-        self._concurrency = concurrency
-        self._drain_seconds = drain_seconds
-        self._wake = threading.Event()
-        self._stop = threading.Event()
+        self._concurrency, self._drain_seconds = concurrency, drain_seconds
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         # By claim, not by job: a job whose lease was lost can be claimed here again while its first run still ends.
         self._running: dict[tuple[uuid.UUID, int], Job] = {}
@@ -79,9 +76,7 @@ class Dispatcher:
             threading.Thread(target=self._dispatch, name="dispatch", daemon=True),
             threading.Thread(target=self._forever, args=(self._heartbeat,), name="heartbeat", daemon=True),
             threading.Thread(target=self._forever, args=(self._listen,), name="listen", daemon=True),
-            threading.Thread(
-                target=self._forever, args=(lambda: self._prepared and statistics(),), name="statistics", daemon=True
-            ),
+            threading.Thread(target=self._forever, args=(self._count,), name="statistics", daemon=True),
         ]
         self._reviver = threading.Thread()  # one that never ran
         self.database_error: str | None = "not connected yet"
@@ -294,7 +289,7 @@ class Dispatcher:
                 self._from_memory -= 1
             self._wake.set()
 
-    def _forever(self, work: Callable[[], object]) -> None:
+    def _forever(self, work: Callable[[], None]) -> None:
         while not self._stop.is_set():
             try:
                 work()
@@ -315,6 +310,10 @@ class Dispatcher:
                     self._cancel_run(job.run_id)
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
+
+    def _count(self) -> None:
+        if self._prepared:
+            self._statistics()
 
     def _listen(self) -> None:
         for _ in self._notifications(self._stop):

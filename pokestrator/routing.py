@@ -120,26 +120,28 @@ class Router:
         shortlist = self._shortlists.find(task, self._templates)
         if sure := certain(task, shortlist):
             return _decision(sure.candidate, sure.reason, shortlist, decided_by="words")
-        usage = Usage()
-        for may_search_again in (True, False):
-            others = self._shortlists.others(shortlist, self._templates, SHORTLIST)
-            shown = (*shortlist.candidates, *(others or ()))
-            if not shown:
-                return _decision(None, "there is nobody to choose from", shortlist, usage=usage)
-            request = question(task, metadata, shown, self._model)
-            result = ask(request)
-            if isinstance(result, Outcome):
-                return replace(result, usage=result.usage + usage)
-            usage += result.usage
-            answer = read_answer(result, shown)
-            if isinstance(answer, Outcome):
-                return replace(answer, usage=usage)
-            chosen = next((candidate for candidate in shown if candidate.name == answer.subagent), None)
-            wording = (answer.in_english or "").strip()
-            if chosen or others is not None or not (may_search_again and wording):
-                break
-            # Another language: nobody was found by its words, and not everybody could be shown.
-            shortlist = self._shortlists.find(wording, self._templates)
+        return self._ask(task, metadata, shortlist, ask)
+
+    def _ask(
+        self, task: str, metadata: str | Mapping[str, Any], shortlist: Shortlist, ask: Ask, spent: Usage | None = None
+    ) -> Decision | Outcome:
+        """Claude's decision. A task in another language is looked for once more, by its English words (`spent` is what
+        the first question has cost), where it was found by nobody and not everybody could be shown."""
+        others = self._shortlists.others(shortlist, self._templates, SHORTLIST)
+        shown = (*shortlist.candidates, *(others or ()))
+        if not shown:
+            return _decision(None, "there is nobody to choose from", shortlist, usage=spent)
+        result = ask(question(task, metadata, shown, self._model))
+        if isinstance(result, Outcome):
+            return replace(result, usage=result.usage + (spent or Usage()))
+        usage = result.usage + (spent or Usage())
+        answer = read_answer(result, shown)
+        if isinstance(answer, Outcome):
+            return replace(answer, usage=usage)
+        chosen = next((candidate for candidate in shown if candidate.name == answer.subagent), None)
+        if spent is None and chosen is None and others is None and answer.in_english:
+            found = self._shortlists.find(answer.in_english, self._templates)
+            return self._ask(task, metadata, found, ask, usage)
         return _decision(chosen, one_line(answer.reason, REASON_KEPT), shortlist, usage=usage, decided_by="claude")
 
 
