@@ -27,7 +27,7 @@ FLOORS = {
     **dict.fromkeys(["service", "dispatcher", "parts"], 6),
     **dict.fromkeys(["bootstrap", "following"], 7),
     **dict.fromkeys(["web", "demo", "terminal"], 8),
-    "cli_credentials": 9,
+    **dict.fromkeys(["cli_credentials", "cli_feedback"], 9),
     **dict.fromkeys(["cli", "__main__"], 10),
     **dict.fromkeys(PROCESS_FILES, 11),
     "__init__": 0,
