@@ -36,7 +36,7 @@ def feedback(request_id: UUID, verdict: str, note: str | None, as_json: bool) ->
     if status is None:
         fail(1, f"there is no request {request_id}")
     if status.state is not JobState.SUCCEEDED:
-        fail(1, f"request {request_id} is {status.state}, so there is no result to judge")
+        fail(1, f"request {request_id} is {status.state}: there is no result to judge")
     if as_json:
         click.echo(json.dumps({"request_id": str(request_id), "state": status.state, "verdict": status.verdict}))
     else:
