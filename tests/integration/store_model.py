@@ -49,6 +49,7 @@ class ModelJob:
     api_retries: int = 0
     runs: int = 0
     result: str | None = None
+    verdict: str | None = None
     is_old: bool = False
     callback: ModelCallback | None = None
 
@@ -177,6 +178,11 @@ class Model:
             self.reached["cancelled while queued"] += 1
         elif job.state == "running":
             job.cancel_requested = True
+
+    def judge(self, job: ModelJob, verdict: str) -> None:
+        if job.state == "succeeded":
+            job.verdict = verdict
+            self.reached[f"judged {verdict}"] += 1
 
     # the outbox --------------------------------------------------------------------------------------------------
 
