@@ -23,10 +23,13 @@ SELECT id FROM jobs WHERE id = %(id)s AND caller IS NOT DISTINCT FROM %(caller)s
 LATEST = """
 SELECT id FROM jobs WHERE caller = %(caller)s AND channel <> 'none' ORDER BY created_at DESC LIMIT 1"""
 
-# Whoever says that it was good or bad has the message in mind that came last.
+# Whoever says that it was good or bad has the message in mind that came last. Among the newest 200, for which there is
+# an index: only somebody who has as many under way at once could mean an older one.
 LATEST_ENDED = """
-SELECT id FROM jobs WHERE caller = %(caller)s AND channel <> 'none' AND finished_at IS NOT NULL
-ORDER BY finished_at DESC, created_at DESC LIMIT 1"""
+SELECT id FROM (
+    SELECT id, finished_at, created_at FROM jobs WHERE caller = %(caller)s AND channel <> 'none'
+    ORDER BY created_at DESC LIMIT 200) AS newest
+WHERE finished_at IS NOT NULL ORDER BY finished_at DESC, created_at DESC LIMIT 1"""
 
 STATUS = """
 SELECT jobs.id, jobs.state, jobs.task, cancel_requested, result, verdict, callbacks.state AS delivery,

@@ -74,17 +74,19 @@ class Model:
     # accept ------------------------------------------------------------------------------------------------------
 
     def insert(self, new: NewJob) -> uuid.UUID:
+        if new.id in self.jobs:  # whichever other it would repeat by now
+            self.reached["same id"] += 1
+            return new.id
         earlier = self._earlier(new.idempotency) if new.idempotency else None
         if earlier is not None:
-            if earlier.id != new.id and new.callback is not None:
+            if new.callback is not None:
                 self._readdress(earlier, new.callback.url)
-            self.reached["same id" if earlier.id == new.id else "duplicate"] += 1
+            self.reached["duplicate"] += 1
             return earlier.id
-        if new.id not in self.jobs:
-            url = new.callback.url if new.callback else None
-            self.accepted += 1
-            serial = self.accepted
-            self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, serial)
+        url = new.callback.url if new.callback else None
+        self.accepted += 1
+        serial = self.accepted
+        self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, serial)
         return new.id
 
     def _earlier(self, wanted: Idempotency) -> ModelJob | None:
