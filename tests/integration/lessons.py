@@ -53,6 +53,12 @@ def remembered(url: str, subagent: Subagent) -> dict[str, int]:
     return {task: uses for task, (source, uses) in examples(url, subagent).items() if source == "person"}
 
 
+def found_by(url: str, word: str) -> list[str]:
+    """The names of the subagents whose text for search holds a word."""
+    query = "SELECT name FROM subagents WHERE search @@ plainto_tsquery('english', %s) ORDER BY id"
+    return [each["name"] for each in rows(url, query, word)]
+
+
 def state_of(url: str, subagent: Subagent) -> str:
     return str(row(url, "SELECT state FROM subagents WHERE id = %s", subagent.id)["state"])
 

@@ -17,7 +17,6 @@ from pokestrator.store.examples import MAX_EXAMPLES, remember
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
-from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Subagent
 from tests.integration.flow import captured_logs, draft, job_row, poet, row, rows
@@ -27,6 +26,7 @@ from tests.integration.lessons import (
     begun,
     done,
     examples,
+    found_by,
     put_on_probation,
     remembered,
     state_of,
@@ -60,14 +60,13 @@ def use(url: str, task: str, uses: int, days_ago: int = 0) -> None:
 @pytest.mark.parametrize("channel", [Channel.API_MESSAGE, Channel.NONE])
 @pytest.mark.parametrize("route", [Route.MATCH, Route.TEMPLATE])
 def test_a_task_that_was_done_well_finds_its_subagent_from_then_on(
-    jobs: Jobs, database: Database, database_url: str, subagent: Subagent, route: Route, channel: Channel
+    jobs: Jobs, database_url: str, subagent: Subagent, route: Route, channel: Channel
 ) -> None:
-    assert Shortlists(database).candidates("a buoy", ()) == []
+    assert found_by(database_url, "buoy") == []
     job = done(jobs, subagent, BUOY, route=route, channel=channel)
     assert examples(database_url, subagent) == {**GIVEN, BUOY: ("person", 0)}
     assert row(database_url, "SELECT job_id FROM subagent_examples WHERE task = %s", BUOY)["job_id"] == job.id
-    [found] = Shortlists(database).candidates("a buoy", ())
-    assert found.name == subagent.name
+    assert found_by(database_url, "buoy") == [subagent.name]
 
 
 @pytest.mark.parametrize("outcome", [FAILED, Outcome(JobState.CANCELLED, "Interrupted.")])

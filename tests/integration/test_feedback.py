@@ -22,7 +22,6 @@ from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from pokestrator.store.secrets import Vault, new_key
-from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Subagent
 from tests.integration.flow import (
@@ -47,6 +46,7 @@ from tests.integration.lessons import (
     begun,
     done,
     examples,
+    found_by,
     put_on_probation,
     remembered,
     state_of,
@@ -79,7 +79,7 @@ def told(history: History, job: Job) -> list[str]:
 
 
 def test_a_bad_verdict_takes_the_example_away_and_a_good_one_brings_it_back(
-    jobs: Jobs, history: History, database: Database, database_url: str, subagent: Subagent
+    jobs: Jobs, history: History, database_url: str, subagent: Subagent
 ) -> None:
     job = done(jobs, subagent, BUOY, caller=CALLER)
     for _ in range(2):
@@ -92,13 +92,13 @@ def test_a_bad_verdict_takes_the_example_away_and_a_good_one_brings_it_back(
             BAD,
         )
         assert remembered(database_url, subagent) == {}
-        assert Shortlists(database).candidates("a buoy", ()) == []
+        assert found_by(database_url, "buoy") == []
     for _ in range(2):
         status = judge(history, GOOD, job.id)
         assert status is not None
         assert status.verdict is GOOD
         assert remembered(database_url, subagent) == {BUOY: 0}
-        assert len(Shortlists(database).candidates("a buoy", ())) == 1
+        assert found_by(database_url, "buoy") == [subagent.name]
     assert told(history, job) == ["bad: It did not rock.", "good"]
 
 
