@@ -48,6 +48,11 @@ class Asker:
                 detail = f"today's budget has less left than the {usd:g} US dollars that this run may cost"
                 return failed(ErrorKind.BUDGET_SPENT, detail)
 
+    def holds_secret(self, text: str) -> bool:
+        """Whether a text holds a secret that is known here: a setting's, or a stored credential."""
+        with self._redactor.also(self._credentials.every_value()):
+            return self._redactor(text) != text
+
     def ask(self, job: Job, request: RunRequest) -> RunResult:
         """A run of Claude for a stored job. What is kept of it holds no credential, another subagent's neither."""
         with self.redacting():

@@ -21,6 +21,7 @@ import click
 
 from pokestrator import __version__
 from pokestrator.cli_credentials import credentials
+from pokestrator.cli_feedback import feedback
 from pokestrator.cli_subagents import subagents
 from pokestrator.environ import process_redactor, process_settings, server_environment
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
@@ -49,6 +50,7 @@ def main() -> None:
 
 main.add_command(credentials)
 main.add_command(subagents)
+main.add_command(feedback)
 
 
 @main.command()

@@ -67,9 +67,8 @@ class Dispatcher:
         # By claim, not by job: a job whose lease was lost can be claimed here again while its first run still ends.
         self._running: dict[tuple[uuid.UUID, int], Job] = {}
         self._from_memory = 0
-        self._draining = False
+        self._draining, self._prepared = False, False
         self._drain_from = 0.0  # when it was asked for
-        self._prepared = False
         self._lost_at: float | None = None  # when the database was first found away
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="job")
         self._threads = [

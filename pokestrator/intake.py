@@ -11,12 +11,13 @@ from enum import StrEnum
 from typing import Any
 
 from pokestrator.errors import InvalidTask
-from pokestrator.jobs import CallbackTarget, Channel, Idempotency, NewJob
+from pokestrator.jobs import CallbackTarget, Channel, Idempotency, NewJob, Verdict
 
 MAX_TASK_CHARACTERS = 20_000
 MAX_METADATA_BYTES = 16 * 1024
 MAX_METADATA_LEVELS = 100  # Python's JSON gives up near 1,000; what is taken must survive being written and read again
 MAX_KEY_CHARACTERS = 200
+MAX_NOTE_CHARACTERS = 1_000
 
 OWN_KEY_SECONDS = 86_400.0  # how long a caller's own idempotency key names its job
 SAME_TASK_SECONDS = 120.0  # how long the same words are taken for a repetition
@@ -27,6 +28,7 @@ class Action(StrEnum):
 
     STATUS = "status"
     CANCEL = "cancel"
+    FEEDBACK = "feedback"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class TaskLimits:
 
 @dataclass(frozen=True)
 class Question:
-    """A call about an earlier job; without `request_id`, about the caller's latest."""
+    """A call about an earlier job; without `request_id`, about the caller's latest, by a verdict the latest to end."""
 
     action: Action
     request_id: uuid.UUID | None
     caller: str | None
+    verdict: Verdict | None = None  # of feedback, and only of that
+    note: str = ""  # why, in the person's words
 
 
 def read_metadata(metadata: object) -> object:
@@ -68,9 +72,25 @@ def question(metadata: object, *, caller: str | None = None) -> Question | None:
     except ValueError:
         raise InvalidTask(
             "metadata.action",
-            "may be `status` or `cancel`, about a task that was sent before; leave it out of a new task, or rename it",
+            "may be `status`, `cancel` or `feedback`, about a task that was sent before; leave it out of a new task, "
+            "or rename it",
         ) from None
-    return Question(action, _request_id(fields.get("request_id"), caller), caller)
+    request_id = _request_id(fields.get("request_id"), caller)
+    if action is not Action.FEEDBACK:
+        return Question(action, request_id, caller)
+    return Question(action, request_id, caller, _verdict(fields.get("verdict")), check_note(fields.get("note")))
+
+
+def check_note(note: object, field: str = "metadata.note") -> str:
+    """What a person says of a result, beside good or bad; "" where it is left out. Raises InvalidTask."""
+    if note is None:
+        return ""
+    if not isinstance(note, str):
+        raise InvalidTask(field, "must be text, or left out")
+    if len(note) > MAX_NOTE_CHARACTERS:
+        raise InvalidTask(field, f"has {len(note):,} characters; at most {MAX_NOTE_CHARACTERS:,} are taken")
+    _check_characters(field, note)
+    return note.strip()
 
 
 def new_job(
@@ -123,6 +143,13 @@ def _request_id(value: object, caller: str | None) -> uuid.UUID | None:
         pass
     problem = "must be the request_id that a task was accepted with"
     raise InvalidTask("metadata.request_id", problem + ("; leave it out for the latest task" if caller else ""))
+
+
+def _verdict(value: object) -> Verdict:
+    for verdict in Verdict:
+        if value == verdict:
+            return verdict
+    raise InvalidTask("metadata.verdict", "must be `good` or `bad`: what the person says of the result")
 
 
 def _check_task(task: object) -> str:

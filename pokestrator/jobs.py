@@ -122,6 +122,7 @@ class Outcome:
     detail: str = ""
     usage: Usage = field(default_factory=Usage)
     is_transient: bool = False  # the API had trouble that may be over in a moment
+    holds_secret: bool = False  # the task does: nobody else may read it, so it is not remembered
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class JobStatus:
     latest: JobEvent | None
     result: str | None  # what the person is told, once it has ended
     delivery: CallbackState | None  # of the message that says so; None while there is none
+    verdict: Verdict | None = None  # what the person said of the result
 
 
 def ending(outcome: Outcome, *, cancel_requested: bool, runs: int) -> Outcome:

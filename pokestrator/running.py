@@ -133,10 +133,11 @@ class Runner:
         request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id, found)
         if lacking := self._asker.reserve(job, spent_usd + request.max_budget_usd):
             return lacking
+        holds_secret = self._asker.holds_secret(job.task)
         note = f"{subagent.name} version {subagent.version}"
         self._jobs.begin_run(job, subagent.id, subagent.version, note)
         result = self._asker.ask(job, request)
-        return outcome_of(result, request.timeout_seconds)
+        return replace(outcome_of(result, request.timeout_seconds), holds_secret=holds_secret)
 
     def _build(self, job: Job, decision: Decision) -> Outcome:
         spent_usd = decision.usage.cost_usd

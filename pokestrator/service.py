@@ -7,12 +7,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from pokestrator.asking import failed
 from pokestrator.claude.pool import Claude
 from pokestrator.delivery import Delivery
 from pokestrator.errors import InvalidTask, LeaseLost, StoreUnavailable, TryAgainLater
-from pokestrator.intake import Question
+from pokestrator.intake import Action, Question
 from pokestrator.jobs import Acknowledgement, Channel, Job, JobState, JobStatus, NewJob, Outcome
 from pokestrator.running import Runner
 from pokestrator.runs import ErrorKind
@@ -39,6 +40,12 @@ NOTHING_TO_SAY = "The database is away, so nothing can be said or done about ear
 UNCERTAIN_ANSWER = "The database went away, and whether that was done is not known. Ask again in a minute."
 NOT_YOURS = "names no task of yours that is still known; leave it out for your latest task"
 NONE_YET = "is missing, and no task of yours is known"
+NONE_ENDED = "is missing, and no task of yours has ended"
+NO_RESULT = {  # to judge
+    JobState.FAILED: "failed, so there is no result to judge",
+    JobState.CANCELLED: "was cancelled, so there is no result to judge",
+}
+NO_RESULT_YET = "has not ended; say what its result is like once it is there"
 
 ACCEPT_SECONDS = 1.0  # for storing a task; with the lookup below, an answer comes in under 2 s
 LOOKUP_SECONDS = 0.5  # for asking again, when the answer to a COMMIT was lost
@@ -161,13 +168,17 @@ class Service:
         return job.idempotency is not None and job.idempotency.key in self._uncertain
 
     def ask(self, question: Question) -> JobStatus:
-        """The status of a caller's job, cancelled first if that was asked. Raises InvalidTask, TryAgainLater."""
+        """The status of a caller's job, cancelled or judged first if that was asked. Raises InvalidTask,
+        TryAgainLater."""
+        question = replace(question, note=self._redact(question.note))
         try:
             status = self._answer(question)
         except StoreUnavailable as error:
             raise TryAgainLater(UNCERTAIN_ANSWER if error.maybe_committed else NOTHING_TO_SAY) from error
         if status is None:
-            raise InvalidTask("metadata.request_id", NONE_YET if question.request_id is None else NOT_YOURS)
+            raise InvalidTask("metadata.request_id", _none_found(question))
+        if question.action is Action.FEEDBACK and status.state is not JobState.SUCCEEDED:
+            raise InvalidTask("metadata.request_id", _not_to_judge(question, status))
         if status.state is JobState.CANCELLED:
             self._delivery.wake()
         return status
@@ -178,7 +189,7 @@ class Service:
         except StoreUnavailable as error:
             if not error.maybe_committed:
                 raise
-            return self._history.answer(question, LOOKUP_SECONDS)  # to cancel twice does no harm
+            return self._history.answer(question, LOOKUP_SECONDS)  # to do it twice does no harm
 
     def end_run(self, job_id: uuid.UUID) -> None:
         """End this job's run, if it is in this process."""
@@ -287,3 +298,14 @@ def _stored(job: NewJob, stored: uuid.UUID) -> Acknowledgement:
     if stored != job.id:
         return Acknowledgement(stored, True, ACCEPTED_BEFORE, duplicate=True)
     return Acknowledgement(stored, True, ACCEPTED)
+
+
+def _none_found(question: Question) -> str:
+    if question.request_id is not None:
+        return NOT_YOURS
+    return NONE_ENDED if question.action is Action.FEEDBACK else NONE_YET
+
+
+def _not_to_judge(question: Question, status: JobStatus) -> str:
+    which = "names a task that" if question.request_id else "is missing, and your task that ended last"
+    return f"{which} {NO_RESULT.get(status.state, NO_RESULT_YET)}"

@@ -10,8 +10,9 @@ import uuid
 from psycopg.rows import DictRow
 
 from pokestrator.intake import Action, Question
-from pokestrator.jobs import CANCELLED, CallbackState, JobEvent, JobState, JobStatus, Outcome, Route
+from pokestrator.jobs import CANCELLED, CallbackState, JobEvent, JobState, JobStatus, Outcome, Route, Verdict
 from pokestrator.runs import ErrorKind
+from pokestrator.store.learning import judge
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import end_job, wake_all, write_event
 
@@ -22,8 +23,16 @@ SELECT id FROM jobs WHERE id = %(id)s AND caller IS NOT DISTINCT FROM %(caller)s
 LATEST = """
 SELECT id FROM jobs WHERE caller = %(caller)s AND channel <> 'none' ORDER BY created_at DESC LIMIT 1"""
 
+# Whoever says that it was good or bad has the message in mind that came last. Among the newest 200, for which there is
+# an index: only somebody who has as many under way at once could mean an older one.
+LATEST_ENDED = """
+SELECT id FROM (
+    SELECT id, finished_at, created_at FROM jobs WHERE caller = %(caller)s AND channel <> 'none'
+    ORDER BY created_at DESC LIMIT 200) AS newest
+WHERE finished_at IS NOT NULL ORDER BY finished_at DESC, created_at DESC LIMIT 1"""
+
 STATUS = """
-SELECT jobs.id, jobs.state, jobs.task, cancel_requested, result, callbacks.state AS delivery,
+SELECT jobs.id, jobs.state, jobs.task, cancel_requested, result, verdict, callbacks.state AS delivery,
     greatest(extract(epoch FROM now() - jobs.created_at), 0)::float8 AS age,
     CASE WHEN jobs.state = 'queued' THEN greatest(extract(epoch FROM run_at - now()), 0)::float8 ELSE 0 END AS waits,
     latest.at, latest.kind, latest.text
@@ -63,20 +72,33 @@ class History:
         return Outcome(JobState(row["state"]), row["result"] or "", error, row["error_detail"] or "")
 
     def answer(self, question: Question, within: float | None = None) -> JobStatus | None:
-        """The status of the caller's job that is asked about, after it was cancelled if that is what was asked.
+        """The status of the caller's job that is asked about, after it was cancelled or judged if that was asked.
 
-        None when the caller has no such job. A running job is only marked: its owner ends it and tells the person.
+        None when the caller has no such job. A running job is only marked as cancelled: its owner ends it and tells the
+        person. One that has not succeeded is not judged. Without a request_id the caller's latest job is meant, for a
+        verdict the one that ended last.
         """
         with self._source.connection(within) as connection:
             values = {"id": question.request_id, "caller": question.caller}
-            found = connection.execute(LATEST if question.request_id is None else BY_ID, values).fetchone()
+            latest = LATEST_ENDED if question.action is Action.FEEDBACK else LATEST
+            found = connection.execute(latest if question.request_id is None else BY_ID, values).fetchone()
             if found is None:
                 return None
             if question.action is Action.CANCEL:
                 _cancel(connection, found["id"])
-            row = connection.execute(STATUS, [found["id"]]).fetchone()
-            assert row is not None
-            return _status(row)
+            elif question.action is Action.FEEDBACK:
+                assert question.verdict is not None, "intake has checked it"
+                judge(connection, found["id"], question.verdict, question.note)
+            return _status(connection, found["id"])
+
+    def judge(self, job_id: uuid.UUID, verdict: Verdict, note: str) -> JobStatus | None:
+        """Write the owner's verdict on anybody's job; None when there is no such job. One that has not succeeded is
+        not judged: its status says so."""
+        with self._source.connection() as connection:
+            if connection.execute("SELECT FROM jobs WHERE id = %s", [job_id]).fetchone() is None:
+                return None
+            judge(connection, job_id, verdict, note)
+            return _status(connection, job_id)
 
 
 def _cancel(connection: Connection, job_id: uuid.UUID) -> None:
@@ -90,7 +112,13 @@ def _cancel(connection: Connection, job_id: uuid.UUID) -> None:
         wake_all(connection)
 
 
-def _status(row: DictRow) -> JobStatus:
+def _status(connection: Connection, job_id: uuid.UUID) -> JobStatus | None:
+    """None when it has just been removed, as those are that ended long ago."""
+    row = connection.execute(STATUS, [job_id]).fetchone()
+    return _status_of(row) if row else None
+
+
+def _status_of(row: DictRow) -> JobStatus:
     return JobStatus(
         request_id=row["id"],
         state=JobState(row["state"]),
@@ -101,4 +129,5 @@ def _status(row: DictRow) -> JobStatus:
         latest=JobEvent(row["at"], row["kind"], row["text"]) if row["kind"] else None,
         result=row["result"],
         delivery=CallbackState(row["delivery"]) if row["delivery"] else None,
+        verdict=Verdict(row["verdict"]) if row["verdict"] else None,
     )

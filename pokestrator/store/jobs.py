@@ -20,6 +20,7 @@ from pokestrator.intake import TaskLimits
 from pokestrator.jobs import Job, JobState, NewJob, Outcome, Route, ending
 from pokestrator.runs import ErrorKind, Usage, sentence
 from pokestrator.store import accepting
+from pokestrator.store.learning import learn
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.rows import (
     end_job,
@@ -70,7 +71,7 @@ WHERE jobs.id = mine.id AND jobs.claim_seq = mine.claim_seq AND state = 'running
 RETURNING jobs.id"""
 
 HOLD = """
-SELECT cancel_requested, runs, interruptions FROM jobs
+SELECT cancel_requested, runs, interruptions, route, subagent_id, subagent_version FROM jobs
 WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'
 FOR UPDATE"""
 
@@ -83,8 +84,10 @@ UPDATE jobs SET state = 'queued', owner = NULL, lease_until = NULL,
     output_tokens = output_tokens + %(output_tokens)s, turns = turns + %(turns)s
 WHERE id = %(id)s"""
 
+# Which subagent an earlier run was routed to says nothing of this one.
 RECORD_ROUTE = """
-UPDATE jobs SET route = %(route)s, route_reason = %(reason)s, decision = %(decision)s
+UPDATE jobs SET route = %(route)s, route_reason = %(reason)s, decision = %(decision)s, subagent_id = NULL,
+    subagent_version = NULL
 WHERE id = %(id)s AND claim_seq = %(fence)s AND state = 'running'
 RETURNING id"""
 
@@ -202,7 +205,8 @@ class Jobs:
             connection.execute(NOTE, values)
 
     def finish(self, job: Job, outcome: Outcome) -> Outcome:
-        """End the job and put its callback into the outbox, in one transaction; returns how it really ended.
+        """End the job and put its callback into the outbox, in one transaction; returns how it really ended. What it
+        did well, its subagent remembers.
 
         Raises LeaseLost.
         """
@@ -240,6 +244,8 @@ def _only_owner(job: Job, row: DictRow | None) -> DictRow:
 def _end(connection: Connection, job: Job, held: DictRow, outcome: Outcome, interruptions: int = 0) -> Outcome:
     final = ending(outcome, cancel_requested=held["cancel_requested"], runs=held["runs"])
     end_job(connection, job.id, final, interruptions=interruptions)
+    if final.state is JobState.SUCCEEDED:
+        learn(connection, job, held, holds_secret=outcome.holds_secret)
     return final
 
 

@@ -18,6 +18,7 @@ from pokestrator.errors import InvalidTask, TooManyTasks
 from pokestrator.intake import (
     MAX_KEY_CHARACTERS,
     MAX_METADATA_BYTES,
+    MAX_NOTE_CHARACTERS,
     MAX_TASK_CHARACTERS,
     Action,
     Question,
@@ -31,6 +32,7 @@ from pokestrator.jobs import (
     JobState,
     JobStatus,
     NewJob,
+    Verdict,
     callback_content,
 )
 from pokestrator.telemetry import one_line
@@ -57,6 +59,9 @@ Only when the person asks how a task is going, or wants it stopped, call `orches
 {"action": "status"} or {"action": "cancel"}, with the task's "request_id" in it where you have it; without, their \
 latest task is meant. Such a call starts nothing: its answer says how the task stands.
 
+When the person says that a result was good or bad, pass that on in the same way, with metadata {"action": "feedback", \
+"verdict": "good"} or "bad", and as "note" why, in their words; without a "request_id", of the task that ended last.
+
 Never put passwords, keys or other secrets into a call."""
 
 _INPUT_SCHEMA: dict[str, Any] = {
@@ -77,7 +82,9 @@ _INPUT_SCHEMA: dict[str, Any] = {
             f"an object; at most {MAX_METADATA_BYTES // 1024} KB. No secrets. In an object, `idempotency_key` (text of "
             f"your own, at most {MAX_KEY_CHARACTERS} characters) makes a repeated call safe: for a day, the same key "
             'stands for the same task. {"action": "status"} asks how an earlier task is going and {"action": "cancel"} '
-            'stops it: name it by its "request_id", or leave that out for the person\'s latest task.',
+            'stops it: name it by its "request_id", or leave that out for the person\'s latest task. {"action": '
+            '"feedback", "verdict": "good" or "bad", "note": why} says what the person thinks of a result; without a '
+            f'"request_id", of the latest. A note has at most {MAX_NOTE_CHARACTERS:,} characters.',
         },
     },
     "required": ["task_description"],
@@ -110,6 +117,10 @@ _OUTPUT_SCHEMA: dict[str, Any] = {
             "description": "Of the message with the result: `pending`, `delivered`, or `dead` (it could not be "
             "delivered). Absent: there is none.",
         },
+        "verdict": {
+            "type": "string",
+            "description": "What the person said of the result: `good` or `bad`. Absent: nothing yet.",
+        },
     },
     "required": ["status"],
     "additionalProperties": True,
@@ -121,7 +132,7 @@ TOOL = types.Tool(
     description="Hand over a task that you cannot do yourself. Answers at once that the task was accepted; the result "
     "comes later as a message of its own. Call once for each task, and do not poll. With metadata "
     '{"action": "status"} or {"action": "cancel"} it tells how an earlier task is going, or stops it: only when the '
-    "person asks.",
+    'person asks. With {"action": "feedback"} it takes what the person thinks of a result.',
     input_schema=_INPUT_SCHEMA,
     output_schema=_OUTPUT_SCHEMA,
     annotations=types.ToolAnnotations(
@@ -140,6 +151,11 @@ _DELIVERIES = {
     CallbackState.PENDING: "waits to be delivered",
     CallbackState.DELIVERED: "was delivered",
     CallbackState.DEAD: "could not be delivered",
+}
+
+_NOTED = {
+    Verdict.GOOD: "It is noted that the result was good; tasks like it go the same way.",
+    Verdict.BAD: "It is noted that the result was bad, and not taken as a model for tasks like it.",
 }
 
 _UNITS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
@@ -189,11 +205,15 @@ def answered(action: Action, status: JobStatus) -> types.CallToolResult:
         answer["result"] = callback_content(status.result)
     if status.delivery is not None:
         answer["delivery"] = status.delivery.value
+    if status.verdict is not None:
+        answer["verdict"] = status.verdict.value
     return _result(answer)
 
 
 def describe(action: Action, status: JobStatus) -> str:
     """How a job stands after `action`, in one sentence for the person."""
+    if action is Action.FEEDBACK and status.verdict is not None:
+        return _NOTED[status.verdict]
     if status.state in _ENDINGS:
         return _ending(action, status)
     if _is_being_cancelled(status):

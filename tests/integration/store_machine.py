@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pokestrator.errors import LeaseLost
 from pokestrator.intake import Action, Question, new_job
-from pokestrator.jobs import CANCELLED, CallbackTarget, Channel, Job, JobState, NewJob, Outcome, Route
+from pokestrator.jobs import CANCELLED, CallbackTarget, Channel, Job, JobState, NewJob, Outcome, Route, Verdict
 from pokestrator.runs import ErrorKind, Usage
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
@@ -186,6 +186,7 @@ class JobsMachine(RuleBasedStateMachine):
     @has_owned
     @rule(claim=one_of(owned))
     def begin_run(self, claim: Job) -> None:
+        self.jobs.record_route(claim, Route.MATCH, "it fits")
         self.jobs.begin_run(claim, self.subagent.id, self.subagent.version, "it runs")
         self.model.jobs[claim.id].runs += 1
 
@@ -252,6 +253,7 @@ class JobsMachine(RuleBasedStateMachine):
             return
         if question.action is Action.CANCEL:
             self.model.cancel(job)
+        assert status.verdict == job.verdict
         assert (status.request_id, status.state, status.cancel_requested, status.result, status.delivery) == (
             job.id,
             job.state,
@@ -259,6 +261,15 @@ class JobsMachine(RuleBasedStateMachine):
             job.result,
             job.callback.state if job.callback else None,
         )
+
+    @any_job(lambda job: job.is_ended)
+    @rule(job=one_of(jobs_of), caller=st.sampled_from(["its own", "u-1"]), verdict=st.sampled_from(list(Verdict)))
+    def judge(self, job: ModelJob, caller: str | None, verdict: Verdict) -> None:
+        caller = job.caller if caller == "its own" else caller
+        visible = job.channel != "none" and caller == job.caller
+        if visible:
+            self.model.judge(job, verdict)
+        self._ask(Question(Action.FEEDBACK, job.id, caller, verdict, "so it was"), job if visible else None)
 
     @any_job(lambda job: job.state == "queued" and job.cancel_requested)
     @rule()

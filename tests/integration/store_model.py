@@ -49,6 +49,7 @@ class ModelJob:
     api_retries: int = 0
     runs: int = 0
     result: str | None = None
+    verdict: str | None = None
     is_old: bool = False
     callback: ModelCallback | None = None
 
@@ -73,17 +74,19 @@ class Model:
     # accept ------------------------------------------------------------------------------------------------------
 
     def insert(self, new: NewJob) -> uuid.UUID:
+        if new.id in self.jobs:  # whichever other it would repeat by now
+            self.reached["same id"] += 1
+            return new.id
         earlier = self._earlier(new.idempotency) if new.idempotency else None
         if earlier is not None:
-            if earlier.id != new.id and new.callback is not None:
+            if new.callback is not None:
                 self._readdress(earlier, new.callback.url)
-            self.reached["same id" if earlier.id == new.id else "duplicate"] += 1
+            self.reached["duplicate"] += 1
             return earlier.id
-        if new.id not in self.jobs:
-            url = new.callback.url if new.callback else None
-            self.accepted += 1
-            serial = self.accepted
-            self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, serial)
+        url = new.callback.url if new.callback else None
+        self.accepted += 1
+        serial = self.accepted
+        self.jobs[new.id] = ModelJob(new.id, serial, new.caller, new.idempotency, new.channel, url, serial)
         return new.id
 
     def _earlier(self, wanted: Idempotency) -> ModelJob | None:
@@ -177,6 +180,11 @@ class Model:
             self.reached["cancelled while queued"] += 1
         elif job.state == "running":
             job.cancel_requested = True
+
+    def judge(self, job: ModelJob, verdict: str) -> None:
+        if job.state == "succeeded":
+            job.verdict = verdict
+            self.reached[f"judged {verdict}"] += 1
 
     # the outbox --------------------------------------------------------------------------------------------------
 

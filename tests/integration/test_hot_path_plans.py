@@ -17,7 +17,7 @@ from psycopg.rows import dict_row
 
 from pokestrator.errors import TooManyTasks
 from pokestrator.intake import Action, Question, TaskLimits, new_job
-from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, Outcome, Route
+from pokestrator.jobs import CallbackTarget, Channel, Job, JobState, Outcome, Route, Verdict
 from pokestrator.runs import Usage
 from pokestrator.store.budgets import Budgets
 from pokestrator.store.callbacks import Callbacks
@@ -264,6 +264,8 @@ CALLS: dict[str, Callable[[Stores], object]] = {
     "status of nothing": lambda its: its.history.answer(Question(Action.STATUS, None, "nobody")),
     "cancel of a queued one": lambda its: its.history.answer(Question(Action.CANCEL, QUEUED, "u-11")),
     "cancel of a running one": lambda its: its.history.answer(Question(Action.CANCEL, RUNNING, "u-301")),
+    "verdict by id": lambda its: its.history.answer(Question(Action.FEEDBACK, ENDED, "u-99", Verdict.BAD, "no")),
+    "verdict on the latest": lambda its: its.history.answer(Question(Action.FEEDBACK, None, "u-7", Verdict.GOOD)),
     "timeline": lambda its: its.history.timeline(ENDED),
     "outcome": lambda its: its.history.outcome(ENDED),
     "road": lambda its: its.history.road(ENDED),

@@ -61,6 +61,8 @@ REACHED = {
     "later",
     "duplicate",
     "given up",
+    "judged bad",
+    "judged good",
     "late owner",
     "late sender",
     "readdressed while pending",

@@ -14,7 +14,7 @@ import structlog
 
 from pokestrator.errors import InvalidTask, TryAgainLater
 from pokestrator.intake import Action, Question
-from pokestrator.jobs import MAX_CALLBACK_CHARACTERS, CallbackState, JobEvent, JobState, JobStatus
+from pokestrator.jobs import MAX_CALLBACK_CHARACTERS, CallbackState, JobEvent, JobState, JobStatus, Verdict
 from pokestrator.web import mcp, tool
 from tests.integration.mcp_peer import (
     LEGACY,
@@ -35,6 +35,7 @@ TASK = {"task_description": "Write a limerick about zebra stripes"}
 CALLER = ("X-Poke-User-Id", "user-1")
 STATUS = {"action": "status", "request_id": str(REQUEST_ID)}
 CANCEL = {"action": "cancel", "request_id": str(REQUEST_ID)}
+FEEDBACK = {"action": "feedback", "request_id": str(REQUEST_ID), "verdict": "bad", "note": "It does not rhyme."}
 
 Send = Callable[..., Any]
 
@@ -87,6 +88,16 @@ def test_a_question_names_action_task_and_caller_and_makes_no_job(orchestrate: S
     assert service.questions == [
         Question(Action.STATUS, REQUEST_ID, "user-1"),
         Question(Action.CANCEL, REQUEST_ID, None),
+    ]
+    assert service.jobs == []
+
+
+def test_feedback_brings_the_persons_word_and_makes_no_job(orchestrate: Send, service: FakeService) -> None:
+    orchestrate({**TASK, "metadata": FEEDBACK}, CALLER)
+    orchestrate({"task_description": "That was good", "metadata": {"action": "feedback", "verdict": "good"}}, CALLER)
+    assert service.questions == [
+        Question(Action.FEEDBACK, REQUEST_ID, "user-1", Verdict.BAD, "It does not rhyme."),
+        Question(Action.FEEDBACK, None, "user-1", Verdict.GOOD),
     ]
     assert service.jobs == []
 
@@ -145,6 +156,10 @@ def test_metadata_without_an_action_belongs_to_a_task(orchestrate: Send, service
         ({"metadata": {"action": ["status"]}}, ["metadata.action", "`status`", "`cancel`"]),
         ({"metadata": '{"action": "stop"}'}, ["metadata.action", "`status`", "`cancel`"]),
         ({"metadata": {"action": "status"}}, ["metadata.request_id", "the request_id that a task was accepted with"]),
+        ({"metadata": {**STATUS, "action": "feedback"}}, ["metadata.verdict", "`good` or `bad`"]),
+        ({"metadata": {**FEEDBACK, "verdict": "meh"}}, ["metadata.verdict", "`good` or `bad`"]),
+        ({"metadata": {**FEEDBACK, "note": "x" * 1_001}}, ["metadata.note", "1,001", "at most 1,000"]),
+        ({"metadata": {**FEEDBACK, "note": "\ud800"}}, ["metadata.note", "surrogate"]),
         ({"metadata": {**STATUS, "request_id": "the last one"}}, ["metadata.request_id", "must be the request_id"]),
         ({"metadata": {**STATUS, "request_id": 7}}, ["metadata.request_id", "must be the request_id"]),
         ({"metadata": {**STATUS, "request_id": "\ud800"}}, ["metadata.request_id", "must be the request_id"]),
@@ -206,6 +221,29 @@ def test_the_answer_to_a_cancel_says_how_the_task_stands_after_it(orchestrate: S
     answer = orchestrate({**TASK, "metadata": CANCEL})["structuredContent"]
     assert answer["status"] == "cancelling"
     assert answer["message"] == "It is being cancelled; a message will say so when it has stopped."
+
+
+def test_the_answer_to_feedback_says_that_it_is_noted(orchestrate: Send, service: FakeService) -> None:
+    service.status = job_status(JobState.SUCCEEDED, result="A limerick", verdict=Verdict.BAD)
+    answer = orchestrate({**TASK, "metadata": FEEDBACK})["structuredContent"]
+    assert answer == {
+        "status": "succeeded",
+        "request_id": str(REQUEST_ID),
+        "message": "It is noted that the result was bad, and not taken as a model for tasks like it.",
+        "result": "A limerick",
+        "verdict": "bad",
+    }
+    jsonschema.validate(answer, tool.TOOL.output_schema)
+    asked = orchestrate({**TASK, "metadata": STATUS})["structuredContent"]
+    assert (asked["message"], asked["verdict"]) == ("It is done.", "bad")
+
+
+def test_a_note_is_not_logged(orchestrate: Send, service: FakeService, events: list[Any]) -> None:
+    service.status = job_status(JobState.SUCCEEDED, verdict=Verdict.BAD)
+    orchestrate({**TASK, "metadata": FEEDBACK}, CALLER)
+    [event] = events
+    assert (event["action"], event["outcome"]) == ("feedback", "succeeded")
+    assert "rhyme" not in str(event)
 
 
 def test_an_ended_task_brings_its_result_and_the_fate_of_its_message(orchestrate: Send, service: FakeService) -> None:

@@ -216,16 +216,20 @@ def test_no_answer_is_a_page(door: Door) -> None:
 # Other people's tasks ----------------------------------------------------------------------------------------------
 
 
-@attack("status and cancel of another caller's task, by its request_id", "the same answer as for one that never was")
+@attack(
+    "status, cancel and feedback of another caller's task, by its request_id",
+    "the same answer as for one that never was",
+)
 def test_another_callers_task_can_be_neither_seen_nor_stopped(door: Door) -> None:
     script = 'SCRIPT: [{"hang": 600}]'
     mine = door.orchestrate(BILL, f"My own. {script}", **ME)["structuredContent"]["request_id"]
     assert eventually(lambda: job_row(door.database_url, uuid.UUID(mine))["state"] == "running", 60)
     nobodys = str(uuid.uuid4())
-    for action in ("status", "cancel"):
+    for action in ("status", "cancel", "feedback"):
         for caller in (STRANGER, {}, {"X_Poke_User_Id": "ME"}, {"X_Poke_User_Id": "me, me"}):
             answers = [
-                door.orchestrate("", {"action": action, "request_id": each}, **caller) for each in (mine, nobodys)
+                door.orchestrate("", {"action": action, "request_id": each, "verdict": "bad"}, **caller)
+                for each in (mine, nobodys)
             ]
             assert answers[0] == answers[1]
             assert answers[0]["isError"]

@@ -14,13 +14,14 @@ from pokestrator.intake import (
     MAX_KEY_CHARACTERS,
     MAX_METADATA_BYTES,
     MAX_METADATA_LEVELS,
+    MAX_NOTE_CHARACTERS,
     Action,
     Question,
     new_job,
     question,
     read_metadata,
 )
-from pokestrator.jobs import CallbackTarget, Channel, Idempotency
+from pokestrator.jobs import CallbackTarget, Channel, Idempotency, Verdict
 
 TARGET = CallbackTarget("https://poke.com/callback/1", "token")
 LONE_SURROGATES = ["\ud800", "\udbff", "\udc00", "\udfff"]
@@ -217,7 +218,7 @@ def test_an_object_in_text_is_checked_like_any_other(text: str, why: str) -> Non
 # Questions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action", list(Action))
+@pytest.mark.parametrize("action", [Action.STATUS, Action.CANCEL])
 def test_an_action_makes_a_question_whether_object_or_text(action: Action) -> None:
     fields = {"action": action.value, "request_id": str(REQUEST_ID), "zone": "Europe/Madrid"}
     assert question(fields) == Question(action, REQUEST_ID, None)
@@ -236,6 +237,7 @@ def test_an_unknown_action_is_refused_with_those_that_there_are(action: object) 
     problem = unanswerable("metadata.action", {"action": action, "request_id": str(REQUEST_ID)})
     assert "`status`" in problem
     assert "`cancel`" in problem
+    assert "`feedback`" in problem
 
 
 @pytest.mark.parametrize("metadata", [{"action": "status"}, {"action": "status", "request_id": None}])
@@ -249,6 +251,47 @@ def test_a_request_id_that_is_none_is_refused(value: object) -> None:
     metadata = {"action": "cancel", "request_id": value}
     assert "leave it out for the latest" in unanswerable("metadata.request_id", metadata, caller="someone")
     assert "leave it out" not in unanswerable("metadata.request_id", metadata)
+
+
+FEEDBACK = {"action": "feedback", "request_id": str(REQUEST_ID), "verdict": "bad"}
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_feedback_brings_a_verdict_and_a_note(verdict: Verdict) -> None:
+    fields = {**FEEDBACK, "verdict": verdict.value, "note": " It rhymed\ntwice. "}
+    assert question(fields) == Question(Action.FEEDBACK, REQUEST_ID, None, verdict, "It rhymed\ntwice.")
+    assert question(json.dumps(fields), caller="someone") == Question(
+        Action.FEEDBACK, REQUEST_ID, "someone", verdict, "It rhymed\ntwice."
+    )
+
+
+@pytest.mark.parametrize("note", [{}, {"note": None}, {"note": ""}, {"note": " \n"}])
+def test_a_verdict_needs_no_note(note: dict[str, object]) -> None:
+    asked = question({**FEEDBACK, **note})
+    assert asked is not None
+    assert (asked.verdict, asked.note) == (Verdict.BAD, "")
+
+
+@pytest.mark.parametrize("verdict", [None, "", "Good", "bad ", "so so", 1, True, [], ["bad"], {}, "\ud800"])
+def test_a_verdict_that_is_none_is_refused_with_those_that_there_are(verdict: object) -> None:
+    problem = unanswerable("metadata.verdict", {**FEEDBACK, "verdict": verdict})
+    assert "`good` or `bad`" in problem
+
+
+@pytest.mark.parametrize("note", [7, True, ["no"], {"why": "no"}, "x" * 1_001, "\x00", *LONE_SURROGATES])
+def test_a_note_that_is_no_short_text_is_refused(note: object) -> None:
+    unanswerable("metadata.note", {**FEEDBACK, "note": note})
+
+
+def test_a_note_may_have_1000_characters() -> None:
+    asked = question({**FEEDBACK, "note": "é" * MAX_NOTE_CHARACTERS})
+    assert asked is not None
+    assert asked.note == "é" * 1_000
+
+
+def test_a_verdict_and_a_note_do_not_matter_to_other_questions() -> None:
+    fields = {**FEEDBACK, "action": "status", "verdict": 7, "note": 7}
+    assert question(fields) == Question(Action.STATUS, REQUEST_ID, None)
 
 
 # Repetitions -----------------------------------------------------------------------------------------------------
