@@ -10,8 +10,8 @@ number of assistant messages that follow, so a retried request meets the same st
               {"hang": seconds}        {"hang": seconds, "after_start": true}
               {"cut": true}            {"malformed": true}                {"sse_error": "overloaded_error"}
 
-Any step takes `"delay": seconds`, `"usage": {…}`, `"for": "draft" | "run"` (only where structured output is asked
-for, or only where it is not) and `"try": 1 | 2` (only in the first question for a draft, or only in the one that is put
+Any step takes `"delay": seconds`, `"usage": {…}`, `"for": "draft" | "run" | "route"` (only where a draft is asked for,
+or an agent runs; the question who a task is for meets only steps that say "route") and `"try": 1 | 2` (only in the first question for a draft, or only in the one that is put
 after a draft was refused: a conversation of its own, which begins with the first of its steps). A fault lasts for ever
 or for `"times"` requests, and then the next step is played; it counts by the text of the message that holds the script,
 over all sessions.
@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pokestrator.routing import EXAMPLE_SHOWN
 from pokestrator.subagents import Draft
 from pokestrator.telemetry import one_line
 
@@ -65,7 +66,7 @@ class Turn:
 
 def turn_of(body: Body) -> Turn:
     """What to play for a request to /v1/messages. Raises ScriptError."""
-    wanted = "draft" if _output_schema(body) is not None else "run"
+    wanted = _wanted(body)
     messages = body.get("messages") or []
     for index, message in enumerate(messages):
         found = _script_in(message)
@@ -73,7 +74,7 @@ def turn_of(body: Body) -> Turn:
             continue
         text, script = found
         tried = 2 if "\n<refused_draft>\n" in text else 1
-        meant = [step for step in script if step.get("for", wanted) == wanted and step.get("try", tried) == tried]
+        meant = [step for step in script if step.get("for", wanted if wanted != "route" else None) == wanted and step.get("try", tried) == tried]
         turns = _turns(meant)
         if not turns:
             break
@@ -160,6 +161,14 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
             yield block.get("text", "")
 
 
+def _wanted(body: Body) -> str:
+    """What the request asks for: a "draft" or a "route", which are structured, or a "run" of an agent."""
+    schema = _output_schema(body)
+    if schema is None:
+        return "run"
+    return "route" if "subagent" in schema.get("properties", {}) else "draft"
+
+
 def _output_schema(body: Body) -> Mapping[str, Any] | None:
     """The JSON Schema of the structured output the request asks for."""
     for tool in body.get("tools") or ():
@@ -196,10 +205,23 @@ def _unscripted(body: Body) -> Step:
             "text": f"[scripted answer] This is where Claude would answer: “{one_line(task, 80)}”. "
             "Set ANTHROPIC_API_KEY to have the real one."
         }
+    if _wanted(body) == "route":
+        return {"structured": route_for(task, "\n".join(_written(body)))}
     properties = set(schema.get("properties", {}))
     if properties != set(Draft.model_fields):
         raise ScriptError(f"the script has no answer for a schema with the properties {sorted(properties)}")
     return {"structured": draft_for(task)}
+
+
+def route_for(task: str, question: str) -> dict[str, Any]:
+    """Who `task` is for, of those that the question lists: the first that has this very task as an example, or none."""
+    name = None
+    for line in question.rpartition("<subagents>")[2].splitlines():
+        if entry := re.match(r"\d+\. ([a-z][a-z0-9_]+): ", line):
+            name = entry[1]
+        elif name and line == f"   - {one_line(task, EXAMPLE_SHOWN)}":
+            return {"subagent": name, "reason": f"{name} has done this very task."}
+    return {"subagent": None, "reason": "None of them has done this very task."}
 
 
 def draft_for(task: str) -> dict[str, Any]:
