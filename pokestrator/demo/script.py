@@ -74,7 +74,11 @@ def turn_of(body: Body) -> Turn:
             continue
         text, script = found
         tried = 2 if "\n<refused_draft>\n" in text else 1
-        meant = [step for step in script if step.get("for", wanted if wanted != "route" else None) == wanted and step.get("try", tried) == tried]
+        meant = [
+            step
+            for step in script
+            if step.get("for", wanted if wanted != "route" else None) == wanted and step.get("try", tried) == tried
+        ]
         turns = _turns(meant)
         if not turns:
             break
@@ -206,7 +210,7 @@ def _unscripted(body: Body) -> Step:
             "Set ANTHROPIC_API_KEY to have the real one."
         }
     if _wanted(body) == "route":
-        return {"structured": route_for(task, "\n".join(_written(body)))}
+        return {"structured": route_for(task, "\n".join(_said(body)))}
     properties = set(schema.get("properties", {}))
     if properties != set(Draft.model_fields):
         raise ScriptError(f"the script has no answer for a schema with the properties {sorted(properties)}")
@@ -249,9 +253,14 @@ def _name(task: str) -> str:
     return "_".join(words[:3]) if len(words) > 1 else f"{words[0]}_task"
 
 
+def _said(body: Body) -> list[str]:
+    """All texts of the user's messages."""
+    return [text for m in body.get("messages") or () if m.get("role") == "user" for text in _texts(m)]
+
+
 def _task(body: Body) -> str:
     """What stands between <task> and </task> in the conversation, or else the last text a person wrote."""
-    texts = [text for m in body.get("messages") or () if m.get("role") == "user" for text in _texts(m)]
+    texts = _said(body)
     for text in texts:
         before, closing, _ = text.rpartition("</task>")
         task = before.rpartition("<task>")[2].strip()
