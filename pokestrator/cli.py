@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ import click
 from pokestrator import __version__
 from pokestrator.cli_credentials import credentials
 from pokestrator.cli_feedback import feedback
+from pokestrator.cli_route import route
 from pokestrator.cli_subagents import subagents
 from pokestrator.environ import process_redactor, process_settings, server_environment
 from pokestrator.errors import InvalidTask, LeaseLost, SettingsError, StoreUnavailable
@@ -30,7 +31,7 @@ from pokestrator.jobs import CallbackState, Channel, Job, JobState, NewJob, Outc
 from pokestrator.settings import Settings
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.telemetry import configure_logging, one_line
-from pokestrator.terminal import accepted_settings, fail, interruptible, line_to_database, refuse
+from pokestrator.terminal import accepted_settings, application_here, fail, interruptible, line_to_database, refuse
 
 if TYPE_CHECKING:
     from pokestrator.bootstrap import Application
@@ -51,6 +52,7 @@ def main() -> None:
 main.add_command(credentials)
 main.add_command(subagents)
 main.add_command(feedback)
+main.add_command(route)
 
 
 @main.command()
@@ -202,17 +204,7 @@ def _counted(number: int) -> str:
 
 def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
     """Run a job to its end in this process, and leave nothing behind."""
-    from pokestrator import bootstrap
-
-    with ExitStack() as stack:
-        try:
-            url = bootstrap.database_url(settings)
-            stack.callback(bootstrap.leave_embedded_database, settings)
-            application = bootstrap.build(settings, url, redactor=process_redactor())
-            stack.callback(application.close)
-            application.start()
-        except StoreUnavailable as error:
-            fail(3, f"database init failed: {error}")
+    with application_here(settings) as application:
         try:
             return _follow_here(application, application.claim_here(wanted))
         except StoreUnavailable as error:

@@ -105,6 +105,13 @@ class Runner:
             outcome = self._run_agent(job, subagent, decision.usage.cost_usd)
         return replace(outcome, usage=outcome.usage + decision.usage)
 
+    def decide_only(self, task: str, *, may_ask: bool) -> Decision | Outcome:
+        """What would be decided on a task, at once and without a job. Raises StoreUnavailable.
+
+        Not `may_ask`: where words do not decide, the decision stays open.
+        """
+        return self._router.decide(task, "", self._asker.ask_from_memory if may_ask else None)
+
     def _ask_router(self, job: Job, request: RunRequest) -> RunResult | Outcome:
         usd = min(request.max_budget_usd, self._policy.most_usd / MOST_QUESTIONS)
         if lacking := self._asker.reserve(job, MOST_QUESTIONS * usd):

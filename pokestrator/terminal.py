@@ -20,6 +20,7 @@ from pokestrator.settings import Settings
 from pokestrator.telemetry import configure_logging
 
 if TYPE_CHECKING:
+    from pokestrator.bootstrap import Application
     from pokestrator.store.pool import Line
 
 
@@ -32,27 +33,62 @@ def accepted_settings() -> Settings:
 
 
 @contextmanager
+def database_url_at_hand(settings: Settings) -> Iterator[str]:
+    """The URL of the settings' database; one that is embedded is joined, and left running if others use it.
+
+    Exits with 3 when the database is not there, or goes away within the block.
+    """
+    from pokestrator import bootstrap
+    from pokestrator.store.migrate import MigrationChanged
+
+    configure_logging("ERROR", redact=process_redactor())
+    with interruptible(), ExitStack() as stack:
+        try:
+            url = bootstrap.database_url(settings)
+            stack.callback(bootstrap.leave_embedded_database, settings)
+            yield url
+        except (StoreUnavailable, MigrationChanged) as error:
+            fail(3, f"no database: {error}")
+
+
+@contextmanager
+def application_here(settings: Settings) -> Iterator[Application]:
+    """A started application in this process, for settings that say `inline`; nothing is left behind of it.
+
+    Exits with 3 when it cannot start for want of its database.
+    """
+    from pokestrator import bootstrap
+
+    with ExitStack() as stack:
+        try:
+            url = bootstrap.database_url(settings)
+            stack.callback(bootstrap.leave_embedded_database, settings)
+            application = bootstrap.build(settings, url, redactor=process_redactor())
+            stack.callback(application.close)
+            application.start()
+        except StoreUnavailable as error:
+            fail(3, f"database init failed: {error}")
+        yield application
+
+
+@contextmanager
 def line_to_database(settings: Settings, *, prepare: bool = False) -> Iterator[Line]:
     """A connection to the settings' database; one that is embedded is joined, and left running if others use it.
 
     `prepare`: bring its tables up to date first. Exits with 3 when the database is not there.
     """
-    from pokestrator import bootstrap
-    from pokestrator.store.migrate import MigrationChanged, migrate
+    from pokestrator.store.migrate import migrate
     from pokestrator.store.pool import Database
 
-    configure_logging("ERROR", redact=process_redactor())
-    with interruptible(), ExitStack() as stack:
+    with database_url_at_hand(settings) as url:
+        database = Database(url)
+        if prepare:
+            migrate(database)
+        line = database.line()
         try:
-            database = Database(bootstrap.database_url(settings))
-            stack.callback(bootstrap.leave_embedded_database, settings)
-            if prepare:
-                migrate(database)
-            line = database.line()
-            stack.callback(line.close)
             yield line
-        except (StoreUnavailable, MigrationChanged) as error:
-            fail(3, f"no database: {error}")
+        finally:
+            line.close()
 
 
 @contextmanager

@@ -11,8 +11,9 @@ number of assistant messages that follow, so a retried request meets the same st
               {"cut": true}            {"malformed": true}                {"sse_error": "overloaded_error"}
 
 Any step takes `"delay": seconds`, `"usage": {…}`, `"for": "draft" | "run" | "route"` (only where a draft is asked for,
-or an agent runs; the question who a task is for meets only steps that say "route") and `"try": 1 | 2` (only in the first question for a draft, or only in the one that is put
-after a draft was refused: a conversation of its own, which begins with the first of its steps). A fault lasts for ever
+or an agent runs; the question who a task is for meets only steps that say "route") and `"try": 1 | 2` (only in the
+first question for a draft, or only in the one that is put after a draft was refused: a conversation of its own, which
+begins with the first of its steps). A fault lasts for ever
 or for `"times"` requests, and then the next step is played; it counts by the text of the message that holds the script,
 over all sessions.
 """
@@ -74,11 +75,7 @@ def turn_of(body: Body) -> Turn:
             continue
         text, script = found
         tried = 2 if "\n<refused_draft>\n" in text else 1
-        meant = [
-            step
-            for step in script
-            if step.get("for", wanted if wanted != "route" else None) == wanted and step.get("try", tried) == tried
-        ]
+        meant = [step for step in script if _is_for(step, wanted) and step.get("try", tried) == tried]
         turns = _turns(meant)
         if not turns:
             break
@@ -86,6 +83,10 @@ def turn_of(body: Body) -> Turn:
         key = hashlib.sha256(f"{wanted} {position} {text}".encode("utf-8", "replace")).hexdigest()
         return Turn(key, turns[min(position, len(turns) - 1)])
     return Turn("", [_unscripted(body)])
+
+
+def _is_for(step: Step, wanted: str) -> bool:
+    return step.get("for") == wanted or (wanted != "route" and "for" not in step)
 
 
 def kind_of(step: Step) -> str:

@@ -6,6 +6,7 @@ All functions raise StoreUnavailable when PostgreSQL cannot be reached.
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from psycopg.rows import DictRow
 
@@ -60,6 +61,12 @@ class History:
         with self._source.connection() as connection:
             row = connection.execute(query, [job_id]).fetchone()
         return (Route(row["route"]), row["name"]) if row and row["route"] else (None, None)
+
+    def decision(self, job_id: uuid.UUID) -> dict[str, Any] | None:
+        """How the job was routed and why, or None where that is not known."""
+        with self._source.connection() as connection:
+            row = connection.execute("SELECT decision FROM jobs WHERE id = %s", [job_id]).fetchone()
+        return row["decision"] if row else None
 
     def outcome(self, job_id: uuid.UUID) -> Outcome | None:
         """How the job ended, or None while it has not."""

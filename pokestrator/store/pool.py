@@ -48,15 +48,27 @@ class ConnectionSource(Protocol):
 class Database:
     """The pool of one process, and connections beside it. Nothing is opened before `open`."""
 
-    def __init__(self, url: str, *, min_size: int = 1, max_size: int = 5, idle_seconds: int = IDLE_SECONDS) -> None:
-        """`idle_seconds`: how long a transaction may stand still before the server ends it."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        min_size: int = 1,
+        max_size: int = 5,
+        idle_seconds: int = IDLE_SECONDS,
+        schema: str | None = None,
+    ) -> None:
+        """`idle_seconds`: how long a transaction may stand still before the server ends it.
+
+        `schema`: where its tables are; None: where the server's own setting says.
+        """
         self.url = url
         self._connect: dict[str, Any] = {
             "row_factory": dict_row,
             "autocommit": True,  # each block begins its own transaction
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "pokestrator",
-            "options": f"{OPTIONS} -c idle_in_transaction_session_timeout={idle_seconds}s",
+            "options": f"{OPTIONS} -c idle_in_transaction_session_timeout={idle_seconds}s"
+            + (f" -c search_path={schema}" if schema else ""),
             **KEEPALIVES,
         }
         self._lock = threading.Lock()
