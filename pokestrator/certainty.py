@@ -16,7 +16,8 @@ from pokestrator.subagents import State
 
 ALIKE = 0.8  # of the lexemes of a task and an example together, in common
 SAME_WORDS = 0.6  # of their words as they are written: of "don't" and "do" a dictionary of lexemes knows nothing
-MARGIN = 26.0  # that the best must stand above the next
+MARGIN = 19.0  # that the best must stand above the next
+MARGIN_FOR_AN_EXAMPLE = 1.75  # more, for each of its second to fifth: whoever knows more tasks stands out more easily
 CALIBRATED_ON = 103  # subagents: words weigh more among more of them
 K1, B = 1.2, 0.75  # BM25's constants, for one text at a time
 USUAL_LENGTH = 12.0  # lexemes in an example
@@ -69,7 +70,8 @@ def _far_ahead(candidates: list[Candidate], shortlist: Shortlist) -> Certainty |
     ahead = best.score - max((other.score for other in others), default=0.0)
     ahead += single[0] - max(single[1:], default=0.0)
     margin = max(0.0, ahead) * _covered(best, weights) ** 0.25
-    needed = MARGIN * max(1.0, math.log(1 + 2 * shortlist.among) / math.log(1 + 2 * CALIBRATED_ON)) ** RARITY
+    needed = MARGIN + MARGIN_FOR_AN_EXAMPLE * min(max(len(best.examples) - 1, 0), 4)
+    needed *= max(1.0, math.log(1 + 2 * shortlist.among) / math.log(1 + 2 * CALIBRATED_ON)) ** RARITY
     if margin < needed:
         return None
     shared = sorted((weights[word], word) for word in weights if word in frozenset().union(*_texts(best)))

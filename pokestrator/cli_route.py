@@ -1,4 +1,4 @@
-"""`python -m pokestrator route …`: who a task is for and why, without running anything; and how well that is decided."""
+"""`python -m pokestrator route …`: who a task is for and why, without running anything; how well that is decided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well tasks find their subagents: measured on a file of subagents, tasks that are theirs, and tasks that nothing fits."""
+"""How well tasks find their subagents: measured on a file of subagents, their tasks, and tasks that nothing fits."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class Router:
     def decide(self, task: str, metadata: str | Mapping[str, Any], ask: Ask | None) -> Decision | Outcome:
         """The decision; or how the job ends, most often for now, because the question could not be put.
 
-        `ask` puts a question to Claude, or says how the job ends in its place; without it, the decision stays open where
-        words do not make it. Raises StoreUnavailable.
+        `ask` puts a question to Claude, or says how the job ends in its place; without it, the decision stays open
+        where words do not make it. Raises StoreUnavailable.
         """
         started = time.monotonic()
         decided = self._decide(task, metadata, ask)

@@ -120,6 +120,7 @@ class Runner:
         return self._asker.ask(job, replace(request, run_id=job.run_id, max_budget_usd=usd))
 
     def _record(self, job: Job, decision: Decision) -> None:
+        assert decision.route is not None, "Claude was there to be asked"
         with self._asker.redacting() as redact:
             record = decision.record()
             reason = redact(decision.reason)

@@ -17,10 +17,12 @@ from pokestrator.store.statistics import Statistics
 
 ADD = "INSERT INTO subagents (name, origin, version) VALUES (%s, 'built', 1) RETURNING id"
 ADD_VERSION = """
-INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, credentials, hosts, digest)
+INSERT INTO subagent_versions (subagent_id, version, author, description, system_prompt, tools, credentials, hosts,
+    digest)
 VALUES (%s, 1, 'owner', %s, '', '{}', '{}', '{}', '')"""
 ADD_EXAMPLE = """
-INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), 'person') ON CONFLICT DO NOTHING"""
+INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), 'person')
+ON CONFLICT DO NOTHING"""
 LOAD_SECONDS = 300.0
 
 
