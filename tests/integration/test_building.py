@@ -178,7 +178,7 @@ def test_widening_writes_a_new_version_on_probation_that_takes_the_task_too(
     assert old["system_prompt"] == SCARF.system_prompt
     [line] = [event.text for event in history.timeline(job.id) if event.kind == "widened"]
     assert line.startswith("scarf_coder version 2: Puts knitting patterns")
-    found = Shortlists(subagents._source).candidates("semaphore", ())
+    found = Shortlists(subagents._source).find("semaphore", ()).candidates
     assert [candidate.name for candidate in found] == ["scarf_coder"]
 
 

@@ -279,7 +279,7 @@ def test_a_fault_of_ours_is_told_too(application: Application, inbox: Inbox, mon
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(Shortlists, "candidates", breaks)
+    monkeypatch.setattr(Shortlists, "find", breaks)
     job = task(POET_TASK, {"text": "Never said."})
     application.accept(job)
     outcome = outcome_of(application, job)
@@ -334,16 +334,16 @@ def test_an_end_that_cannot_be_written_waits_for_the_database(
 def test_a_run_that_the_database_stopped_is_released_and_not_counted_as_interrupted(
     application: Application, inbox: Inbox, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    candidates = Shortlists.candidates
+    find = Shortlists.find
     asked: list[str] = []
 
     def away_once(*arguments: Any) -> Any:
-        asked.append("candidates")
+        asked.append("find")
         if len(asked) == 1:
             raise StoreUnavailable("the connection was lost")
-        return candidates(*arguments)
+        return find(*arguments)
 
-    monkeypatch.setattr(Shortlists, "candidates", away_once)
+    monkeypatch.setattr(Shortlists, "find", away_once)
     job = task(POET_TASK, {"text": "After all."})
     application.accept(job)
     assert contents(inbox.wait_for(1, 20)) == ["After all."]
