@@ -10,11 +10,19 @@ from uuid import UUID
 
 import click
 
+from pokestrator.environ import process_redactor
 from pokestrator.errors import InvalidDefinition, InvalidTask
 from pokestrator.intake import new_job
 from pokestrator.tables import print_table
-from pokestrator.telemetry import one_line
-from pokestrator.terminal import accepted_settings, application_here, database_url_at_hand, fail, line_to_database
+from pokestrator.telemetry import configure_logging, one_line
+from pokestrator.terminal import (
+    accepted_settings,
+    application_here,
+    database_url_at_hand,
+    fail,
+    interruptible,
+    line_to_database,
+)
 
 if TYPE_CHECKING:
     from pokestrator.evaluation import Figures
@@ -65,7 +73,8 @@ def _decide(task: str, no_question: bool, as_json: bool) -> None:
         new_job(task)
     except InvalidTask as error:
         fail(2, str(error))
-    with application_here(settings) as application:
+    configure_logging("ERROR", redact=process_redactor())
+    with interruptible(), application_here(settings) as application:
         decision = application.runner.decide_only(task, may_ask=not no_question)
     if isinstance(decision, Outcome):
         fail(1, f"{decision.text}\n{decision.detail}".strip())
@@ -92,7 +101,7 @@ def _show(decision: dict[str, Any], as_json: bool) -> None:
     click.echo(f"because    {one_line(decision['reason'], 400)}")
     candidates = decision["candidates"]
     if not candidates:
-        click.echo("\nNo subagent or template shares a word with the task.")
+        click.echo("no subagent or template shares a word with the task")
         return
     click.echo()
     print_table(("score", "name"), ((f"{each['score']:.1f}", each["name"]) for each in candidates[:SHOWN]))

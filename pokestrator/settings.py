@@ -146,7 +146,7 @@ class Settings(BaseModel):
     )
     model: str = Field("sonnet", alias="POKESTRATOR_MODEL", min_length=1, description="model that runs subagents")
     fast_model: str = Field(
-        "haiku", alias="POKESTRATOR_FAST_MODEL", min_length=1, description="model that drafts new subagents"
+        "haiku", alias="POKESTRATOR_FAST_MODEL", min_length=1, description="model that chooses and drafts subagents"
     )
 
     daily_budget_usd: float = Field(

@@ -198,7 +198,8 @@ def test_the_drafters_run_counts_too(api: MessagesApi, inbox: Inbox, database_ur
         job = of_caller(description=UNFITTING_TASK)
         application.accept(job)
         assert outcome_of(application, job).state is JobState.SUCCEEDED
-        assert job_row(database_url, job.id)["reserved_usd"] == pytest.approx(0.5, abs=0.001)  # for two tries, and what the route has cost
+        reserved = job_row(database_url, job.id)["reserved_usd"]
+        assert reserved == pytest.approx(0.5, abs=0.001)  # for two tries, and what the route has cost
     assert spent(database_url)[CALLER] == pytest.approx(job_row(database_url, job.id)["cost_usd"])
     assert spent(database_url)[CALLER] > 0
 
