@@ -102,7 +102,9 @@ def _covered(candidate: Candidate, weights: Mapping[str, float]) -> float:
 
 
 def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.casefold()))
+    """Its words as they are written. Amounts, dates and times do not tell kinds of tasks apart."""
+    words = frozenset(re.findall(r"\w+", text.casefold()))
+    return frozenset(word for word in words if not word[0].isdecimal()) or words
 
 
 def _overlap(some: frozenset[str], others: frozenset[str]) -> float:
