@@ -12,6 +12,14 @@ MARGIN = 0.15  # how far it must stand above the next one
 FEWEST_SHARED = 2  # words in common with the texts, where no example is like the task
 COVERAGE_WEIGHT = 0.9  # covering a task's words is worth a little less than being like an example
 
+# Words (roughly without their endings) that ask without saying for what; they neither count for a template nor against.
+ASKING = frozenset(
+    [
+        *("pleas", "please", "show", "tell", "give", "want", "need", "find", "help", "check", "make", "know"),
+        *("look", "could", "would", "like", "latest", "current", "today"),
+    ]
+)
+
 
 def template_for(task: str, templates: Sequence[Template]) -> Template | None:
     """The template that is clearly meant, or None. One of whose examples the task is, is."""
@@ -28,8 +36,9 @@ def _score(words: frozenset[str], template: Template) -> float:
     examples = [_words(example) for example in template.examples]
     similarity = max((len(words & e) / len(words | e) for e in examples if words | e), default=0.0)
     known = _words(" ".join([template.name.replace("_", " "), template.description, *template.examples]))
-    shared = len(words & known)
-    coverage = shared / len(words) if shared >= FEWEST_SHARED else 0.0
+    asked_for = words - ASKING
+    shared = len(asked_for & known)
+    coverage = shared / len(asked_for) if shared >= FEWEST_SHARED else 0.0
     return max(similarity, COVERAGE_WEIGHT * coverage)
 
 

@@ -33,7 +33,8 @@ LISTEN_CHECK_SECONDS = 5.0
 # How long the pool tries by itself after a connection has failed. Its waits double, up to minutes, and in the meantime
 # it opens nothing for those who ask; once it has given up, the next one who asks makes it try.
 RECONNECT_SECONDS = 1.0
-OPTIONS = f"-c statement_timeout={STATEMENT_SECONDS:g}s -c lock_timeout=3s"
+# Compiling a query takes longer than any of ours runs.
+OPTIONS = f"-c statement_timeout={STATEMENT_SECONDS:g}s -c lock_timeout=3s -c jit=off"
 # A process that stands still in the midst of a transaction holds its rows locked: well under the time of a lease.
 IDLE_SECONDS = 8
 KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 10_000}

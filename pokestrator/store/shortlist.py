@@ -21,9 +21,13 @@ EXAMPLES_COMPARED = 50
 EXAMPLES_SHOWN = 2  # of the others
 TASK_CHARACTERS = 2_000  # of a task that are searched for; a longer one has said by then what it is about
 
-SMALL = 2_000  # subagents, up to which all of a task's words are looked up; beyond, the rarest
-MOST_FOUND = 2_500  # about as many subagents those rarest words may find
-MOST_SCORED = 200  # of those found
+SMALL = 2_000  # subagents, up to which every word of a task finds whom it may
+# Beyond that, words are gone through from the rarest on, until they would find so many subagents: each by itself, and
+# any two of them together. Whoever shares one common word alone with a task does not fit it.
+FOUND_BY_ONE = 300
+FOUND_BY_TWO = 3_000
+MOST_SCORED = 100  # of those found: the best by the ROUGHLY rarest words alone
+ROUGHLY = 8
 
 # BM25's own constants, the power that rare words' weight is raised to, and what a word's beginning is worth. See
 # docs/routing.md for what each gave.
@@ -39,12 +43,15 @@ templates AS MATERIALIZED (
     FROM jsonb_to_recordset(%(templates)s) AS t (name text, description text, examples jsonb)
     WHERE NOT EXISTS (SELECT FROM subagents s WHERE s.name = t.name)
 ), size AS MATERIALIZED (
-    SELECT subagents + (SELECT count(*) FROM templates) AS documents, mean_length FROM search_statistics
+    SELECT subagents + (SELECT count(*) FROM templates) AS documents, mean_length FROM search_statistics LIMIT 1
 ), words AS MATERIALIZED (
-    SELECT lexeme, query, reach <= %(most_found)s OR place = 1 OR documents <= %(small)s AS is_looked_up, place,
+    SELECT lexeme, query, place,
+        documents <= %(small)s OR reach <= %(by_one)s OR (place = 1 AND (known <= %(by_two)s OR words = 1))
+            AS finds_alone,
+        reach <= %(by_two)s OR place <= 2 AS finds_with_another,
         share * power(ln(1 + (greatest(documents - known, 0) + 0.5) / (known + 0.5)), %(rarity)s) AS weight
     FROM (
-        SELECT *, sum(known) OVER rarest AS reach, row_number() OVER rarest AS place
+        SELECT *, sum(known) OVER rarest AS reach, row_number() OVER rarest AS place, count(*) OVER () AS words
         FROM (
             SELECT lexeme, share, exactly(lexeme) AS query, coalesce(s.subagents, 0)
                 + (SELECT count(*) FROM templates WHERE search @@ exactly(lexeme)) AS known
@@ -54,17 +61,24 @@ templates AS MATERIALIZED (
             ) asked LEFT JOIN lexeme_statistics s USING (lexeme)
         ) counted WINDOW rarest AS (ORDER BY share DESC, known, lexeme)
     ) placed, size
+), rarest AS MATERIALIZED (
+    SELECT query, weight FROM words ORDER BY place LIMIT %(roughly)s
+), wanted AS (
+    SELECT string_agg(query, ' | ')::tsquery AS any_of FROM (
+        SELECT query::text FROM words WHERE finds_alone
+        UNION ALL SELECT concat('(', a.query, ' & ', b.query, ')') FROM words a JOIN words b ON a.place < b.place
+            AND a.finds_with_another AND b.finds_with_another AND NOT b.finds_alone
+    ) ways (query)
 ), found AS (
     SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM subagents s
-    WHERE s.search @@ (SELECT string_agg(query::text, ' | ')::tsquery FROM words WHERE is_looked_up)
+    WHERE s.search @@ (SELECT any_of FROM wanted)
         AND s.state <> 'archived'
-    ORDER BY (SELECT sum(weight) FROM words WHERE is_looked_up AND place <= 8 AND s.search @@ query)
-        DESC NULLS LAST, s.id
+    ORDER BY (SELECT sum(weight) FROM rarest WHERE s.search @@ query) DESC NULLS LAST, s.id
     LIMIT %(most_scored)s
 ), documents AS (
     SELECT id, name, state, search, length, NULL::text AS description, NULL::jsonb AS examples FROM found
     UNION ALL SELECT NULL, name, NULL, search, words_in(search), description, examples FROM templates
-), scored AS (
+), scored AS MATERIALIZED (
     SELECT d.*, (
         SELECT sum(w.weight * (%(k1)s + 1) * 0.64 * tf.rank
             / (0.64 * tf.rank + %(k1)s * (1 - tf.rank) * (1 - %(b)s + %(b)s * d.length / mean_length)))
@@ -149,7 +163,14 @@ class Shortlists:
         """The best SHORTLIST of stored subagents and templates that share a word with the task, in one query."""
         values = {
             **{"task": task, "characters": TASK_CHARACTERS, "templates": Jsonb([_described(t) for t in templates])},
-            **{"small": SMALL, "most_found": MOST_FOUND, "most_scored": MOST_SCORED, "shortlist": SHORTLIST},
+            **{
+                "small": SMALL,
+                "by_one": FOUND_BY_ONE,
+                "by_two": FOUND_BY_TWO,
+                "most_scored": MOST_SCORED,
+                "roughly": ROUGHLY,
+                "shortlist": SHORTLIST,
+            },
             **{"k1": K1, "b": B, "rarity": RARITY, "beginning": BEGINNING, "compared": COMPARED},
             **{"examples_compared": EXAMPLES_COMPARED, "examples_shown": EXAMPLES_SHOWN},
         }

@@ -19,10 +19,15 @@ SELECT EXISTS (SELECT FROM subagents WHERE search_made_at >= counted_at) AND (
     ) AS due
 FROM search_statistics"""
 
-FORGET = "DELETE FROM lexeme_statistics"
+# What has not changed is not written again: this happens every few seconds while tasks are done.
 COUNT = """
-INSERT INTO lexeme_statistics (lexeme, subagents)
-SELECT word, ndoc FROM ts_stat('SELECT search FROM subagents WHERE state <> ''archived''')"""
+WITH counted AS MATERIALIZED (
+    SELECT word, ndoc FROM ts_stat('SELECT search FROM subagents WHERE state <> ''archived''')
+), gone AS (
+    DELETE FROM lexeme_statistics WHERE NOT EXISTS (SELECT FROM counted WHERE word = lexeme)
+)
+INSERT INTO lexeme_statistics AS kept (lexeme, subagents) SELECT word, ndoc FROM counted
+ON CONFLICT (lexeme) DO UPDATE SET subagents = excluded.subagents WHERE kept.subagents <> excluded.subagents"""
 SUM = """
 UPDATE search_statistics SET counted_at = now(), subagents = found.subagents, mean_length = found.mean_length
 FROM (SELECT count(*) AS subagents, coalesce(avg(search_length), 60) AS mean_length FROM subagents
@@ -51,7 +56,7 @@ class Statistics:
         with self._source.connection(COUNTING_SECONDS) as connection:
             if _is_mine(connection):
                 connection.execute(f"SET LOCAL statement_timeout = '{COUNTING_SECONDS}s'".encode())
-                for step in (FORGET, COUNT, SUM):
+                for step in (COUNT, SUM):
                     connection.execute(step)
 
 

@@ -1,4 +1,4 @@
-"""Subagents on real PostgreSQL: adopting, building, following files, and finding the one that fits a task."""
+"""Subagents on real PostgreSQL: adopting, building, following files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,12 @@ import pytest
 
 from pokestrator.errors import LeaseLost
 from pokestrator.intake import new_job
-from pokestrator.jobs import Route
-from pokestrator.routing import Decision, decide
 from pokestrator.store.jobs import Jobs
-from pokestrator.store.shortlist import Candidate, Shortlists
 from pokestrator.store.subagents import Subagents
-from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
-from pokestrator.subagents import Author, Origin, Template
-from tests.integration.flow import POET_TASK, UNFITTING_TASK, draft, poet, row, rows
+from pokestrator.subagents import Author, Origin
+from tests.integration.flow import UNFITTING_TASK, draft, poet, row, rows
 
-SHIPPED, _ = load_templates(TEMPLATES_FOLDER)
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)  # the task came before every subagent
-LIMERICK = "Write a limerick about zebra stripes"
 
 
 def examples_of(url: str, name: str) -> set[str]:
@@ -47,16 +41,6 @@ def at_once(count: int, work: Callable[[], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(run, range(count)))
-
-
-def candidate(subagents: Subagents, task: str, name: str, templates: tuple[Template, ...] = ()) -> Candidate | None:
-    found = [each for each in Shortlists(subagents._source).candidates(task, templates) if each.name == name]
-    assert len(found) <= 1, "a candidate is listed once"
-    return found[0] if found else None
-
-
-def decision(subagents: Subagents, task: str, templates: tuple[Template, ...] = ()) -> Decision:
-    return decide(Shortlists(subagents._source).candidates(task, templates))
 
 
 def write_owner_version(url: str, name: str) -> None:
@@ -203,85 +187,7 @@ def test_eight_threads_that_follow_at_once_make_one_new_version(subagents: Subag
     assert authors_of(database_url, "sea_poet") == ["template", "template"]
 
 
-# finding -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_stored_subagent_is_found_by_the_words_of_its_example(subagents: Subagents) -> None:
-    subagents.build(draft("fibre_artist"), UNFITTING_TASK, since=LONG_AGO)
-    found = candidate(subagents, "knitting in Morse, please", "fibre_artist")
-    assert found is not None
-    assert found.is_stored
-    assert {"knit", "mors"} <= set(found.shared)
-
-
-def test_templates_are_candidates_beside_stored_subagents_and_once_stored_only_there(subagents: Subagents) -> None:
-    template = poet()
-    before = candidate(subagents, POET_TASK, "sea_poet", (template,))
-    subagents.adopt(template)
-    after = candidate(subagents, POET_TASK, "sea_poet", (template,))
-    assert before is not None
-    assert after is not None
-    assert (before.is_stored, after.is_stored) == (False, True)
-    assert (before.shared, before.similarity) == (after.shared, after.similarity)
-    assert before.similarity == 1
-
-
-def test_a_stored_subagent_that_shares_no_word_is_no_candidate(subagents: Subagents) -> None:
-    subagents.adopt(poet())
-    assert candidate(subagents, UNFITTING_TASK, "sea_poet") is None
-
-
-def test_the_task_that_caused_a_subagent_matches_it_the_second_time(subagents: Subagents) -> None:
-    first = decision(subagents, UNFITTING_TASK, SHIPPED)
-    subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
-    second = decision(subagents, UNFITTING_TASK, SHIPPED)
-    assert first.route is Route.BUILD_NEW
-    assert (second.route, second.name) == (Route.MATCH, "scarf_coder")
-
-
-def test_the_example_of_a_shipped_template_takes_that_template_and_then_its_subagent(subagents: Subagents) -> None:
-    template = SHIPPED[0]
-    task = template.examples[0]
-    first = decision(subagents, task, SHIPPED)
-    subagents.adopt(template)
-    second = decision(subagents, task, SHIPPED)
-    assert (first.route, first.name) == (Route.TEMPLATE, template.name)
-    assert (second.route, second.name) == (Route.MATCH, template.name)
-
-
-def test_a_limerick_about_zebra_stripes_is_no_task_for_the_stripe_analyst(subagents: Subagents) -> None:
-    assert decision(subagents, LIMERICK, SHIPPED).route is Route.BUILD_NEW
-    for template in SHIPPED:
-        subagents.adopt(template)
-    assert decision(subagents, LIMERICK, SHIPPED).route is Route.BUILD_NEW
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        "the and of it to be or not",
-        "🦓🦓🦓",
-        "'",
-        "it's a 'quoted' \\ \"task\" with ''' and \\' and \\\\",
-        "a & b | !c <-> d:*",
-        "%s %(task)s {} $1 $$",
-        "请把这段文字翻译成英文",
-        "x" * 20_000,
-        "wörd " * 4_000,
-        " ".join(f"word{number}" for number in range(2_200)),
-        "\n\t \u00a0\u200b",
-        "https://example.com/?q='%27&x=\\",
-    ],
-    ids=lambda task: ascii(task)[:20],
-)
-def test_an_odd_task_is_decided_like_any_other(subagents: Subagents, database_url: str, task: str) -> None:
-    subagents.adopt(poet())
-    assert decision(subagents, task, SHIPPED).route is Route.BUILD_NEW
-    # Stored as an example it does no harm either.
-    subagents.build(draft("odd_task_taker"), task, since=LONG_AGO)
-    decision(subagents, task, SHIPPED)
-    found = decision(subagents, POET_TASK, SHIPPED)
-    assert (found.route, found.name) == (Route.MATCH, "sea_poet")
+# going ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_subagent_is_gone_with_all_it_knew(subagents: Subagents, database_url: str) -> None:
