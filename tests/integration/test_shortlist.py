@@ -41,9 +41,8 @@ def decided(shortlists: Shortlists, task: str, *templates: Template) -> Candidat
 def test_a_stored_subagent_is_found_at_once_by_its_name_its_description_and_its_examples(
     subagents: Subagents, shortlists: Shortlists
 ) -> None:
-    subagents.build(
-        draft("fibre_artist", description="Turns patterns into dots and dashes."), UNFITTING_TASK, since=LONG_AGO
-    )
+    artist = draft("fibre_artist", description="Turns patterns into dots and dashes.")
+    subagents.build(artist, UNFITTING_TASK, since=LONG_AGO)
     for task in ("a fibre thing", "dashes, please", "knitting"):
         [candidate] = found(shortlists, task)
         assert (candidate.name, candidate.state) == ("fibre_artist", State.PROBATION)
@@ -76,9 +75,9 @@ def test_a_template_is_measured_like_the_subagent_that_it_becomes_and_listed_onc
 
 
 def test_of_equals_the_stored_one_comes_first(subagents: Subagents, shortlists: Shortlists, database: Database) -> None:
-    subagents.adopt(poet(name="z_poet"))
+    subagents.adopt(poet(name="lake_poet"))
     Statistics(database).count()
-    assert names(shortlists, "lighthouse", poet(name="a_poet"))[0] == "z_poet"
+    assert names(shortlists, "lighthouse", poet(name="hill_poet"))[0] == "lake_poet"
 
 
 def test_archived_ones_are_not_found_and_their_templates_neither(

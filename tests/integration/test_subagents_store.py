@@ -14,6 +14,7 @@ import pytest
 from pokestrator.errors import LeaseLost
 from pokestrator.intake import new_job
 from pokestrator.store.jobs import Jobs
+from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.subagents import Author, Origin
 from tests.integration.flow import UNFITTING_TASK, draft, poet, row, rows
@@ -138,7 +139,8 @@ def test_a_template_whose_file_changed_gets_a_new_version(subagents: Subagents, 
     assert (now.id, now.version, now.definition) == (first.id, 2, changed.definition())
     assert authors_of(database_url, "sea_poet") == ["template", "template"]
     assert examples_of(database_url, "sea_poet") == {"A haiku on lava"}
-    assert candidate(subagents, "Tell me of a volcano", "sea_poet") is not None
+    [found] = Shortlists(subagents._source).find("Tell me of a volcano", ()).candidates
+    assert found.name == "sea_poet"
     assert subagents.follow((changed,)) == []
 
 
