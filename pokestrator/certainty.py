@@ -18,6 +18,7 @@ ALIKE = 0.8  # of the lexemes of a task and an example together, in common
 SAME_WORDS = 0.6  # of their words as they are written: of "don't" and "do" a dictionary of lexemes knows nothing
 MARGIN = 19.0  # that the best must stand above the next
 MARGIN_FOR_AN_EXAMPLE = 1.75  # more, for each of its second to fifth: whoever knows more tasks stands out more easily
+FEW, LEAST_KNOWN = 50, 0.5  # among so few, standing above the next says little: the best must know half of the task too
 CALIBRATED_ON = 103  # subagents: words weigh more among more of them
 K1, B = 1.2, 0.75  # BM25's constants, for one text at a time
 USUAL_LENGTH = 12.0  # lexemes in an example
@@ -72,7 +73,7 @@ def _far_ahead(candidates: list[Candidate], shortlist: Shortlist) -> Certainty |
     margin = max(0.0, ahead) * _covered(best, weights) ** 0.25
     needed = MARGIN + MARGIN_FOR_AN_EXAMPLE * min(max(len(best.examples) - 1, 0), 4)
     needed *= max(1.0, math.log(1 + 2 * shortlist.among) / math.log(1 + 2 * CALIBRATED_ON)) ** RARITY
-    if margin < needed:
+    if margin < needed or (shortlist.among < FEW and _covered(best, weights) < LEAST_KNOWN):
         return None
     shared = sorted((weights[word], word) for word in weights if word in frozenset().union(*_texts(best)))
     words = ", ".join(word for _, word in reversed(shared[-5:]))

@@ -85,6 +85,14 @@ def test_the_best_is_taken_when_it_stands_far_above_the_next() -> None:
     assert decided(task, best, candidate("census_taker", about="quokka census rottnest", score=38.0)) is None
 
 
+def test_among_few_the_best_must_know_half_of_the_task_too() -> None:
+    best = candidate("quokka_counter", about="quokka census", score=60.0)
+    task = "quokka census and a cake for twelve guests"
+    assert decided(task, best, among=100) == "quokka_counter"
+    assert decided(task, best, among=10) is None
+    assert decided("quokka census now", best, among=10) == "quokka_counter"
+
+
 def test_the_reason_names_the_words_and_the_margin() -> None:
     found = certain("quokka census", shortlist("quokka census", candidate("counter", about="quokka census", score=40)))
     assert found is not None
