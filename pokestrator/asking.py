@@ -14,6 +14,7 @@ from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult, Usage, 
 from pokestrator.store.budgets import Budgets, Reservation
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.jobs import Jobs
+from pokestrator.subagent_checks import secret_in
 from pokestrator.telemetry import get_logger, one_line
 
 log = get_logger(__name__)
@@ -49,9 +50,9 @@ class Asker:
                 return failed(ErrorKind.BUDGET_SPENT, detail)
 
     def holds_secret(self, text: str) -> bool:
-        """Whether a text holds a secret that is known here: a setting's, or a stored credential."""
-        with self._redactor.also(self._credentials.every_value()):
-            return self._redactor(text) != text
+        """Whether a text holds a secret of a setting or a stored credential, or what looks like one."""
+        with self.redacting() as redact:
+            return secret_in(text, redact) is not None
 
     def ask(self, job: Job, request: RunRequest) -> RunResult:
         """A run of Claude for a stored job. What is kept of it holds no credential, another subagent's neither."""

@@ -72,7 +72,7 @@ class Builder:
         `nearest`: descriptions of existing subagents by name, nearest to the task first; `spent_usd`: what the job has
         cost so far.
         """
-        each_usd = min(drafting.DRAFT_BUDGET_USD, self._most_usd / TRIES)
+        each_usd = min(drafting.DRAFT_BUDGET_USD, (self._most_usd - spent_usd) / TRIES)
         if lacking := self._asker.reserve(job, spent_usd + each_usd * TRIES):
             return lacking
         usage = Usage()

@@ -19,7 +19,8 @@ MAX_EXAMPLE_CHARACTERS = 2_000  # a longer task is kept to its beginning
 ALIKE = 0.8  # Jaccard index of their lexemes from which two tasks are one example
 
 INSERT_EXAMPLE = """
-INSERT INTO subagent_examples (subagent_id, task, source) VALUES (%s, left(%s, 2000), %s) ON CONFLICT DO NOTHING"""
+INSERT INTO subagent_examples (subagent_id, task, source, job_id) VALUES (%s, left(%s, 2000), %s, %s)
+ON CONFLICT DO NOTHING"""
 
 DELETE_TEMPLATE_EXAMPLES = "DELETE FROM subagent_examples WHERE subagent_id = %s AND source = 'template'"
 
@@ -71,10 +72,16 @@ DELETE FROM subagent_examples AS e WHERE id = %s AND source = 'person'
     AND NOT EXISTS (SELECT FROM jobs WHERE jobs.id = e.job_id AND verdict = 'good')"""
 
 
-def add_examples(connection: Connection, subagent_id: int, tasks: Sequence[str], source: Author) -> None:
-    """Add tasks that are not known yet, and have the subagent found by them."""
+def add_examples(
+    connection: Connection,
+    subagent_id: int,
+    tasks: Sequence[str],
+    source: Author,
+    job_id: uuid.UUID | None = None,
+) -> None:
+    """Add tasks that are not known yet, and have the subagent found by them. `job_id`: the job that brought them."""
     for task in tasks:
-        connection.execute(INSERT_EXAMPLE, [subagent_id, task, source])
+        connection.execute(INSERT_EXAMPLE, [subagent_id, task, source, job_id])
     refresh_search(connection, subagent_id)
 
 

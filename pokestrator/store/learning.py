@@ -45,7 +45,7 @@ JUDGE = """
 UPDATE jobs SET verdict = %(verdict)s, verdict_note = nullif(%(note)s, ''), verdict_at = now() WHERE id = %(id)s"""
 
 # The rest of the transaction is a job's end. It goes on after whatever fails here, and waits for nobody for long.
-BEGIN_OPTIONAL = b"SAVEPOINT optional; SET LOCAL lock_timeout = '1s'"
+BEGIN_OPTIONAL = b"SAVEPOINT optional; SET LOCAL lock_timeout = '200ms'"
 END_OPTIONAL = b"RELEASE SAVEPOINT optional"
 UNDO_OPTIONAL = b"ROLLBACK TO SAVEPOINT optional"
 

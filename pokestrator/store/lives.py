@@ -23,9 +23,11 @@ MAKE_CURRENT = "UPDATE subagents SET version = %s WHERE id = %s"
 
 OLD_VERSION = "SELECT * FROM subagent_versions WHERE subagent_id = %s AND version = %s"
 
-ARCHIVE = "UPDATE subagents SET archived_from = state, state = 'archived' WHERE id = %s"
+ARCHIVE = "UPDATE subagents SET archived_from = state, state = 'archived', search_made_at = now() WHERE id = %s"
 
-RESTORE = "UPDATE subagents SET state = coalesce(archived_from, 'active'), archived_from = NULL WHERE id = %s"
+RESTORE = """
+UPDATE subagents SET state = coalesce(archived_from, 'active'), archived_from = NULL, search_made_at = now()
+WHERE id = %s"""
 
 RENAME = "UPDATE subagents SET name = %s WHERE id = %s"
 

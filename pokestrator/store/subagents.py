@@ -75,9 +75,10 @@ class Subagents:
             for number in itertools.count(1):
                 name = wanted if number == 1 else f"{wanted[:44]}_{number}"
                 row, created = _insert(connection, name, Origin.BUILT, Author.DRAFTER, draft.definition())
-                if created or row["created_at"] >= since:
+                if created or (row["created_at"] >= since and _says_the_same(row, draft)):
                     break
-            add_examples(connection, row["id"], (*causes, *draft.examples) if created else causes, Author.DRAFTER)
+            add_examples(connection, row["id"], causes, Author.PERSON, claim.id if claim else None)
+            add_examples(connection, row["id"], draft.examples if created else (), Author.DRAFTER)
         return subagent_of(row)
 
     def follow(self, templates: Sequence[Template]) -> list[str]:
@@ -115,6 +116,17 @@ def _twin(connection: Connection, draft: Draft, since: datetime) -> str | None:
             name: str = row["name"]
             return name
     return None
+
+
+def _says_the_same(row: DictRow, draft: Draft) -> bool:
+    """Whether a subagent that has taken the draft's name meanwhile was drafted for the same kind of task.
+
+    What the owner stored, archived or gave credentials to is another one: a stranger's task must not come to it by its
+    name.
+    """
+    is_drafted = row["author"] == Author.DRAFTER and row["state"] != State.ARCHIVED
+    has_credentials = row["credentials"] or row["optional_credentials"]
+    return is_drafted and not has_credentials and alike(words_of(draft.description), words_of(row["description"]))
 
 
 def _insert(

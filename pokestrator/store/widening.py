@@ -9,7 +9,7 @@ from pokestrator.jobs import Job
 from pokestrator.store.examples import add_examples
 from pokestrator.store.pool import ConnectionSource
 from pokestrator.store.subagents import hold_claim
-from pokestrator.store.versions import CURRENT, insert_version, lock_subagent, subagent_of
+from pokestrator.store.versions import CURRENT, insert_version, subagent_of
 from pokestrator.subagents import Author, Definition, Subagent
 
 # What a stranger's task may never have reworded: what the owner or a template said last, what is given credentials,
@@ -27,6 +27,9 @@ SELECT name, description FROM ({CURRENT} WHERE s.name = ANY (%s) AND s.created_a
 
 # After a roll-back the current version need not be the last one.
 NEXT_VERSION = "SELECT max(version) + 1 AS next FROM subagent_versions WHERE subagent_id = %s"
+
+# By its id: its name may be another one's by now.
+LOCK = "SELECT id FROM subagents WHERE id = %s FOR UPDATE"
 
 WIDEN = "UPDATE subagents SET version = %s, state = 'probation' WHERE id = %s"
 
@@ -59,8 +62,7 @@ class Widening:
         """
         with self._source.connection() as connection:
             hold_claim(connection, claim)
-            if not lock_subagent(connection, seen.name):
-                return None
+            connection.execute(LOCK, [seen.id])
             current = f"{CURRENT} WHERE s.id = %s AND s.version = %s AND {MAY_BE_WIDENED}"
             if connection.execute(current, [seen.id, seen.version]).fetchone() is None:
                 return None

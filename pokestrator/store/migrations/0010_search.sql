@@ -37,6 +37,3 @@ INSERT INTO search_statistics DEFAULT VALUES;
 ALTER TABLE subagents
     ADD COLUMN search_made_at timestamptz NOT NULL DEFAULT now(),
     ADD COLUMN search_length integer GENERATED ALWAYS AS (words_in(search)) STORED;
-UPDATE subagents SET search = findable(subagents.name, v.description,
-    (SELECT string_agg(task, ' ') FROM subagent_examples e WHERE e.subagent_id = subagents.id))
-FROM subagent_versions v WHERE v.subagent_id = subagents.id AND v.version = subagents.version;
