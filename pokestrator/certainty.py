@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from pokestrator.store.shortlist import RARITY, Candidate, Shortlist
+from pokestrator.store.shortlist import EXAMPLE_CHARACTERS, RARITY, Candidate, Example, Shortlist
 from pokestrator.subagents import State
 
 ALIKE = 0.8  # of the lexemes of a task and an example together, in common
-SAME_WORDS = 0.6  # of their words as they are written: of "don't" and "do" a dictionary of lexemes knows nothing
+SAME_WORDS = 0.6  # of their words as they are written, most of which a dictionary of lexemes leaves out
+FEWEST_SHARED = 2  # lexemes, where only the amounts differ: "Explain 401k" says nothing of "Explain 529"
 MARGIN = 19.0  # that the best must stand above the next
 MARGIN_FOR_AN_EXAMPLE = 1.75  # more, for each of its second to fifth: whoever knows more tasks stands out more easily
 FEW, LEAST_KNOWN = 50, 0.5  # among so few, standing above the next says little: the best must know half of the task too
@@ -23,6 +25,17 @@ CALIBRATED_ON = 103  # subagents: words weigh more among more of them
 K1, B = 1.2, 0.75  # BM25's constants, for one text at a time
 USUAL_LENGTH = 12.0  # lexemes in an example
 FURTHER_TEXTS, THEIR_WORTH = 3, 0.3  # after a subagent's best text, how many more count, and how much
+
+# Whoever is told not to do something is told something else. A dictionary of lexemes leaves out most of these.
+_NEGATIONS = """
+    not no never without don doesn didn won cannot dont cant instead except nicht kein keine keinen nie ohne ne pas
+    jamais sans nunca sin não nao sem non mai senza niet geen nooit не нет без никогда
+"""
+NEGATIONS = frozenset(_NEGATIONS.split())
+# Not \w, which the vowel signs of Hindi and the like are not.
+_WORD = re.compile(r"[^\s!-/:-@\[-`{-¿\u2000-\u206f\u3000-\u303f\uff01-\uff0f]+")
+
+Likeness = Literal["equal", "alike"]
 
 
 @dataclass(frozen=True)
@@ -39,28 +52,46 @@ def certain(task: str, shortlist: Shortlist) -> Certainty | None:
     candidates = [candidate for candidate in shortlist.candidates if candidate.about is not None]
     if not candidates:
         return None
-    found = _nearly_equal(task, candidates, shortlist.weights) or _far_ahead(candidates, shortlist)
-    return found if found and found.candidate.state is not State.PROBATION else None
+    found = _nearly_equal(task, candidates, frozenset(shortlist.weights)) or _far_ahead(candidates, shortlist)
+    return None if found is None or found == "open" or found.candidate.state is State.PROBATION else found
 
 
-def _nearly_equal(task: str, candidates: list[Candidate], weights: Mapping[str, float]) -> Certainty | None:
-    """The one candidate that has done a task like this; where another has too, the one whose words are the same."""
-    words, lexemes = _words(task), frozenset(weights)
-    found: list[tuple[float, Candidate, str]] = []
+def _nearly_equal(
+    task: str, candidates: list[Candidate], lexemes: frozenset[str]
+) -> Certainty | Literal["open"] | None:
+    """The one candidate that has done a task like this; "open" where several have done this very task."""
+    equal: list[tuple[Candidate, Example]] = []
+    alike: list[tuple[Candidate, Example]] = []
     for candidate in candidates:
-        for example in candidate.examples:
-            same = _overlap(words, _words(example.task))
-            alike = _overlap(lexemes, example.lexemes)
-            if same == 1 or (alike >= ALIKE and same >= SAME_WORDS):
-                found.append((same, candidate, example.task))
-    if not found:
+        by_likeness: dict[Likeness | None, Example] = {
+            _likeness(task, lexemes, example): example for example in candidate.examples
+        }
+        if example := by_likeness.get("equal"):
+            equal.append((candidate, example))
+        elif example := by_likeness.get("alike"):
+            alike.append((candidate, example))
+    found = equal or alike
+    # A template that has the example too is no rival of a stored one.
+    stored = [each for each in equal if each[0].is_stored] or found
+    if len(stored) != 1:
+        return "open" if equal else None
+    [(candidate, _example)] = stored
+    # The example itself may be another person's task, which is nobody else's business.
+    return Certainty(candidate, None, f"{'it equals' if equal else 'it is nearly'} an example of {candidate.name}")
+
+
+def _likeness(task: str, lexemes: frozenset[str], example: Example) -> Likeness | None:
+    """How a task and an example compare, of both of which no more is read than of an example."""
+    words, others = _words(task[:EXAMPLE_CHARACTERS]), _words(example.task)
+    shared = overlap(lexemes, example.lexemes)
+    if words == others and words and (len(task) <= EXAMPLE_CHARACTERS or shared >= ALIKE):
+        return "equal"
+    if (words ^ others) & NEGATIONS:
         return None
-    best, candidate, example_task = max(found, key=lambda each: each[0])
-    # Of equals the first in the shortlist is meant: a stored one before a template of the same score.
-    rivals = {other.name for same, other, _ in found if other is not candidate and (same == best or best < 1)}
-    if rivals and best < 1:
-        return None
-    return Certainty(candidate, None, f"{candidate.name} takes a task like this: {example_task[:100]}")
+    same = overlap(_without_amounts(words), _without_amounts(others))
+    if same == 1 and len(lexemes & example.lexemes) >= FEWEST_SHARED and len(task) <= EXAMPLE_CHARACTERS:
+        return "alike"
+    return "alike" if shared >= ALIKE and same >= SAME_WORDS else None
 
 
 def _far_ahead(candidates: list[Candidate], shortlist: Shortlist) -> Certainty | None:
@@ -103,11 +134,15 @@ def _covered(candidate: Candidate, weights: Mapping[str, float]) -> float:
 
 
 def _words(text: str) -> frozenset[str]:
-    """Its words as they are written. Amounts, dates and times do not tell kinds of tasks apart."""
-    words = frozenset(re.findall(r"\w+", text.casefold()))
+    """Its words as they are written: all that stands between spaces and punctuation."""
+    return frozenset(_WORD.findall(text.casefold()))
+
+
+def _without_amounts(words: frozenset[str]) -> frozenset[str]:
+    """Amounts, dates and times do not tell kinds of tasks apart."""
     return frozenset(word for word in words if not word[0].isdecimal()) or words
 
 
-def _overlap(some: frozenset[str], others: frozenset[str]) -> float:
+def overlap(some: frozenset[str], others: frozenset[str]) -> float:
     """The Jaccard index; 0 for two empty sets."""
     return len(some & others) / len(some | others) if some or others else 0.0

@@ -20,10 +20,14 @@ def tagged(tag: Tag, text: str) -> str:
     return f"<{tag}>\n{_OUR_TAGS.sub('&lt;', sendable)}\n</{tag}>"
 
 
-def task_text(task: str, metadata: str | Mapping[str, Any]) -> str:
-    """A task as an agent sees it."""
-    text = tagged("task", task)
+def task_text(task: str, metadata: str | Mapping[str, Any], most: int | None = None) -> str:
+    """A task as an agent sees it; with `most`, no more than so many characters of it, and of its metadata."""
+    text = tagged("task", _beginning(task, most))
     if metadata:
         shown = metadata if isinstance(metadata, str) else json.dumps(metadata, ensure_ascii=False)
-        text += "\n\n" + tagged("metadata", shown)
+        text += "\n\n" + tagged("metadata", _beginning(shown, most))
     return text
+
+
+def _beginning(text: str, most: int | None) -> str:
+    return text if most is None or len(text) <= most else f"{text[:most]} […]"

@@ -99,7 +99,7 @@ class Runner:
             self._record(job, decision)
             outcome = self._build(job, decision)
         elif (subagent := self._find(decision)) is None:
-            return self.outcome(job)  # it was renamed or archived just now: the next decision knows that
+            outcome = self.outcome(job)  # it was renamed or archived just now: the next decision knows that
         else:
             self._record(job, decision)
             outcome = self._run_agent(job, subagent, decision.usage.cost_usd)
@@ -139,6 +139,8 @@ class Runner:
         if unknown := {name: why for name, why in missing.items() if name in needed}:
             return _without(unknown)
         request = self._policy.request(subagent.definition, task_text(job.task, job.metadata), job.run_id, found)
+        # What finding or building the subagent has cost is part of what a job may spend.
+        request = replace(request, max_budget_usd=min(request.max_budget_usd, self._policy.most_usd - spent_usd))
         if lacking := self._asker.reserve(job, spent_usd + request.max_budget_usd):
             return lacking
         holds_secret = self._asker.holds_secret(job.task)

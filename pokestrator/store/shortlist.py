@@ -19,6 +19,7 @@ SHORTLIST = 32
 COMPARED = 5  # of the shortlist: their examples are compared with the task, one by one
 EXAMPLES_COMPARED = 50
 EXAMPLES_SHOWN = 2  # of the others
+EXAMPLE_CHARACTERS = 300  # of an example that are read
 TASK_CHARACTERS = 2_000  # of a task that are searched for; a longer one has said by then what it is about
 
 SMALL = 2_000  # subagents, up to which every word of a task finds whom it may
@@ -26,6 +27,7 @@ SMALL = 2_000  # subagents, up to which every word of a task finds whom it may
 # any two of them together. Whoever shares one common word alone with a task does not fit it.
 FOUND_BY_ONE = 300
 FOUND_BY_TWO = 3_000
+PAIRED = 16  # words, at most: a long task has hundreds, and their pairs would keep PostgreSQL busy for minutes
 MOST_SCORED = 100  # of those found: the best by the ROUGHLY rarest words alone
 ROUGHLY = 8
 
@@ -63,11 +65,12 @@ templates AS MATERIALIZED (
     ) placed, size
 ), rarest AS MATERIALIZED (
     SELECT query, weight FROM words ORDER BY place LIMIT %(roughly)s
+), paired AS MATERIALIZED (
+    SELECT query, place FROM words WHERE finds_with_another AND NOT finds_alone ORDER BY place LIMIT %(paired)s
 ), wanted AS (
     SELECT string_agg(query, ' | ')::tsquery AS any_of FROM (
         SELECT query::text FROM words WHERE finds_alone
-        UNION ALL SELECT concat('(', a.query, ' & ', b.query, ')') FROM words a JOIN words b ON a.place < b.place
-            AND a.finds_with_another AND b.finds_with_another AND NOT b.finds_alone
+        UNION ALL SELECT concat('(', a.query, ' & ', b.query, ')') FROM paired a JOIN paired b ON a.place < b.place
     ) ways (query)
 ), found AS (
     SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM subagents s
@@ -99,7 +102,7 @@ FROM shortlist c
     LEFT JOIN subagents s ON s.id = c.id
     LEFT JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version
     LEFT JOIN LATERAL (
-        SELECT array_agg(left(task, 300) ORDER BY turn) AS tasks,
+        SELECT array_agg(left(task, %(example_characters)s) ORDER BY turn) AS tasks,
             jsonb_agg(CASE WHEN place <= %(compared)s THEN tsvector_to_array(search) END ORDER BY turn) AS lexemes
         FROM (
             SELECT task, search, row_number() OVER (ORDER BY uses DESC, used_at DESC, task) AS turn
@@ -112,7 +115,7 @@ ORDER BY place"""
 # Those who share nothing with the task, when there are so few that all can be shown.
 EVERYBODY = """
 SELECT s.name, s.state, v.description,
-    ARRAY(SELECT left(task, 300) FROM subagent_examples e WHERE e.subagent_id = s.id
+    ARRAY(SELECT left(task, %(example_characters)s) FROM subagent_examples e WHERE e.subagent_id = s.id
         ORDER BY uses DESC, used_at DESC, task LIMIT %(examples_shown)s) AS tasks
 FROM subagents s JOIN subagent_versions v ON v.subagent_id = s.id AND v.version = s.version
 WHERE s.state <> 'archived' ORDER BY s.id LIMIT %(limit)s"""
@@ -124,7 +127,7 @@ NAMES = "SELECT name FROM subagents WHERE name = ANY (%s)"
 class Example:
     """A task that a candidate takes. `lexemes` are known only for those that are compared with the task."""
 
-    task: str  # its first 300 characters
+    task: str  # its first EXAMPLE_CHARACTERS
     lexemes: frozenset[str] = frozenset()
 
 
@@ -167,12 +170,14 @@ class Shortlists:
                 "small": SMALL,
                 "by_one": FOUND_BY_ONE,
                 "by_two": FOUND_BY_TWO,
+                "paired": PAIRED,
                 "most_scored": MOST_SCORED,
                 "roughly": ROUGHLY,
                 "shortlist": SHORTLIST,
             },
             **{"k1": K1, "b": B, "rarity": RARITY, "beginning": BEGINNING, "compared": COMPARED},
             **{"examples_compared": EXAMPLES_COMPARED, "examples_shown": EXAMPLES_SHOWN},
+            **{"example_characters": EXAMPLE_CHARACTERS},
         }
         with self._source.connection() as connection:
             rows = connection.execute(CANDIDATES, values).fetchall()
@@ -183,7 +188,12 @@ class Shortlists:
     def others(self, shortlist: Shortlist, templates: Sequence[Template], most: int) -> tuple[Candidate, ...] | None:
         """Everybody else, or None when all together are more than `most`."""
         with self._source.connection() as connection:
-            stored = connection.execute(EVERYBODY, {"examples_shown": EXAMPLES_SHOWN, "limit": most + 1}).fetchall()
+            values = {
+                "examples_shown": EXAMPLES_SHOWN,
+                "example_characters": EXAMPLE_CHARACTERS,
+                "limit": most + 1,
+            }
+            stored = connection.execute(EVERYBODY, values).fetchall()
             named = connection.execute(NAMES, [[template.name for template in templates]])
             taken = {row["name"] for row in named} | {candidate.name for candidate in shortlist.candidates}
         everybody = [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from hashlib import md5
+
 import pytest
 
 from pokestrator.certainty import certain
+from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from pokestrator.store.shortlist import COMPARED, SHORTLIST, Candidate, Shortlists
 from pokestrator.store.statistics import Statistics
@@ -12,6 +15,7 @@ from pokestrator.store.subagents import Subagents
 from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 from pokestrator.subagents import State, Template
 from tests.integration.flow import POET_TASK, UNFITTING_TASK, draft, poet, rows
+from tests.integration.lessons import done
 from tests.integration.test_subagents_store import LONG_AGO
 
 SHIPPED, _ = load_templates(TEMPLATES_FOLDER)
@@ -110,6 +114,28 @@ def test_where_all_can_be_shown_the_others_are_those_that_were_not_found(
     assert others is not None
     assert [each.name for each in others if each.is_stored] == ["sea_poet"]
     assert others[0].examples
+
+
+def test_a_new_example_is_found_by_at_once(
+    subagents: Subagents, shortlists: Shortlists, jobs: Jobs, database: Database
+) -> None:
+    poet_here = subagents.adopt(poet())
+    Statistics(database).count()
+    assert names(shortlists, "haiku") == []
+    done(jobs, poet_here, "A haiku on the pier")
+    assert names(shortlists, "haiku") == ["sea_poet"]
+
+
+def test_a_long_task_of_rare_words_is_looked_for_in_time_among_many(
+    subagents: Subagents, shortlists: Shortlists, database: Database, database_url: str
+) -> None:
+    subagents.adopt(poet())
+    Statistics(database).count()
+    rows(database_url, "UPDATE search_statistics SET subagents = 100000")
+    rare = [md5(str(number).encode()).hexdigest()[:6] for number in range(280)]
+    count = "INSERT INTO lexeme_statistics SELECT lexeme, 5 FROM unnest(%s::text[]) lexeme ON CONFLICT DO NOTHING"
+    rows(database_url, count, [each for word in rare for each in (word, f"~{word[:4]}")])
+    assert names(shortlists, f"{POET_TASK} {' '.join(rare)}") == ["sea_poet"]
 
 
 # what words decide -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pokestrator.jobs import JobState, Outcome
-from pokestrator.routing import Answer, question, read_answer
+from pokestrator.routing import TASK_SHOWN, UNANSWERED, Answer, question, read_answer
 from pokestrator.runs import ErrorKind, RunResult
 from pokestrator.store.shortlist import Candidate, Example
 from pokestrator.subagents import State
@@ -48,6 +48,15 @@ def test_nothing_that_others_wrote_can_add_a_candidate_or_close_a_tag() -> None:
 def test_long_texts_are_cut() -> None:
     long = Candidate("long_one", State.ACTIVE, "d" * 5_000, tuple(Example("e" * 300) for _ in range(9)))
     assert len(question("Boil", "", (long,), "haiku").prompt) < 1_200
+    both = question("b" * 20_000, {"note": "m" * 16_000}, (BOILER,), "haiku").prompt
+    assert TASK_SHOWN * 2 < len(both) < TASK_SHOWN * 2 + 500
+
+
+def test_where_nobody_was_found_the_question_says_so_and_only_null_answers_it() -> None:
+    request = question("Boil one egg", "", (), "haiku")
+    assert "none of them shares a word" in request.prompt
+    assert request.output_schema is not None
+    assert request.output_schema["properties"]["subagent"]["enum"] == [None]
 
 
 # The answer ------------------------------------------------------------------------------------------------------
@@ -75,6 +84,13 @@ def test_whatever_kept_the_question_from_being_answered_it_is_put_again(kind: Er
     assert isinstance(read, Outcome)
     assert (read.error, read.is_transient) == (kind, True)
     assert "routing question" in read.detail
+
+
+@pytest.mark.parametrize("kind", [ErrorKind.TIMEOUT, ErrorKind.NO_OUTPUT, ErrorKind.TURN_LIMIT, ErrorKind.BUDGET_LIMIT])
+def test_a_person_is_not_told_that_a_task_took_too_long_that_was_never_begun(kind: ErrorKind) -> None:
+    read = read_answer(RunResult(error=kind, detail="why"), SHOWN)
+    assert isinstance(read, Outcome)
+    assert read.text == UNANSWERED
 
 
 def test_a_refusal_is_final() -> None:
