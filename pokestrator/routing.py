@@ -24,7 +24,7 @@ from pokestrator.subagents import Template
 from pokestrator.telemetry import one_line
 
 QUESTION_SECONDS = 12.0
-QUESTION_BUDGET_USD = 0.05
+QUESTION_BUDGET_USD = 0.25  # 32 candidates cost the dearest models more than 0.05, and a question must be affordable
 QUESTION_TURNS = 4  # the structured answer is a tool call, and a refused one may be tried again
 MOST_QUESTIONS = 2  # the second, where a task in another language was found by nobody
 TASK_SHOWN = 4_000  # characters, and as many of its metadata: a longer one has said by then who it is for

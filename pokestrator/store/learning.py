@@ -37,6 +37,17 @@ WHERE id = %(id)s AND state = 'probation' AND %(good_runs)s <= (
         LIMIT %(good_runs)s) AS good)
 RETURNING name"""
 
+# Of the drafter's own words alone: what the owner or a template says was trusted from the start.
+DISTRUST = """
+UPDATE subagents SET state = 'probation'
+FROM subagent_versions v
+WHERE subagents.id = %(id)s AND state = 'active' AND v.subagent_id = subagents.id AND v.version = subagents.version
+    AND subagents.version = %(version)s AND v.author = 'drafter' AND %(good_runs)s > (
+        SELECT count(*) FROM jobs
+        WHERE subagent_id = %(id)s AND subagent_version = %(version)s AND state = 'succeeded'
+            AND verdict IS DISTINCT FROM 'bad')
+RETURNING name"""
+
 HOLD_JOB = """
 SELECT state, task, route, subagent_id, subagent_version, holds_secret, verdict, coalesce(verdict_note, '') AS note
 FROM jobs WHERE id = %s FOR UPDATE"""
@@ -98,6 +109,8 @@ def _learn_from(connection: Connection, job_id: uuid.UUID, job: DictRow, verdict
             praise(connection, subagent_id, job_id, job["task"])
     if verdict is Verdict.GOOD:
         _trust(connection, job_id, job, subagent)
+    else:
+        _distrust(connection, job_id, job)
 
 
 def _trust(connection: Connection, job_id: uuid.UUID, job: DictRow, subagent: DictRow) -> None:
@@ -108,6 +121,13 @@ def _trust(connection: Connection, job_id: uuid.UUID, job: DictRow, subagent: Di
     if connection.execute(TRUST, values).fetchone() is not None:
         write_event(connection, job_id, "trusted", f"{subagent['name']} is active: {GOOD_RUNS} of its runs went well")
         log.info("trusted", request_id=str(job_id), subagent=subagent["name"])
+
+
+def _distrust(connection: Connection, job_id: uuid.UUID, job: DictRow) -> None:
+    """Begin the subagent's probation again, where too few of its runs are left that nobody has rejected."""
+    values = {"id": job["subagent_id"], "version": job["subagent_version"], "good_runs": GOOD_RUNS}
+    if (row := connection.execute(DISTRUST, values).fetchone()) is not None:
+        write_event(connection, job_id, "distrusted", f"{row['name']} is on probation: too few of its runs went well")
 
 
 @contextmanager

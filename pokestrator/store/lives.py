@@ -12,6 +12,7 @@ from psycopg.rows import DictRow
 
 from pokestrator.errors import CannotChange, UnknownSubagent
 from pokestrator.store.examples import add_examples, refresh_search
+from pokestrator.store.learning import GOOD_RUNS
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.versions import definition_of, insert_version, locked, subagent_of
 from pokestrator.subagents import Author, Definition, Origin, State, Subagent
@@ -28,6 +29,14 @@ ARCHIVE = "UPDATE subagents SET archived_from = state, state = 'archived', searc
 RESTORE = """
 UPDATE subagents SET state = coalesce(archived_from, 'active'), archived_from = NULL, search_made_at = now()
 WHERE id = %s"""
+
+# What did well before it was widened is not on probation when it is back.
+TRUST_AGAIN = """
+UPDATE subagents SET state = 'active'
+WHERE id = %(id)s AND state = 'probation' AND %(good_runs)s <= (
+    SELECT count(*) FROM jobs
+    WHERE subagent_id = %(id)s AND subagent_version = %(version)s AND state = 'succeeded'
+        AND verdict IS DISTINCT FROM 'bad')"""
 
 RENAME = "UPDATE subagents SET name = %s WHERE id = %s"
 
@@ -65,6 +74,7 @@ class Lives:
                 raise CannotChange(f"{name} has no version {to}; its versions are 1 to {based_on}")
             if not _write(connection, row, definition_of(old), f"back to version {to}"):
                 raise CannotChange(f"version {to} of {name} says the same as the current one, version {based_on}")
+            connection.execute(TRUST_AGAIN, {"id": row["id"], "version": to, "good_runs": GOOD_RUNS})
             return _now(connection, name)
 
     def archive(self, name: str) -> Subagent:

@@ -17,7 +17,7 @@ from pokestrator.claude import prices
 from pokestrator.claude.models import model_of
 from pokestrator.demo.inbox import Inbox
 from pokestrator.demo.messages_api import MessagesApi
-from pokestrator.jobs import JobState, Route
+from pokestrator.jobs import JobState, Route, Verdict
 from pokestrator.runs import ErrorKind, sentence
 from pokestrator.subagents import State
 from tests.integration.flow import (
@@ -133,11 +133,12 @@ def test_claude_chooses_one_none_or_answers_once_more(start: START, database_url
     ("fault", "kind"),
     [
         ({"status": 529, "type": "overloaded_error", "message": "busy"}, ErrorKind.OVERLOADED),
+        ({"status": 429, "type": "rate_limit_error", "message": "slow down"}, ErrorKind.RATE_LIMITED),
         ({"status": 401, "type": "authentication_error", "message": "no"}, ErrorKind.UNAUTHORIZED),
         ({"text": "I would rather talk about the weather."}, None),
         ({"hang": 30}, ErrorKind.TIMEOUT),
     ],
-    ids=["overloaded", "no key", "malformed", "slow"],
+    ids=["overloaded", "rate limit", "no key", "malformed", "slow"],
 )
 def test_a_question_that_cannot_be_put_is_put_again_and_then_the_job_fails_and_nothing_is_built(
     start: START, database_url: str, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], kind: ErrorKind | None
@@ -188,6 +189,10 @@ def test_a_new_subagent_is_confirmed_by_claude_until_two_runs_went_well(
         before = questions(api)
         assert send(run()) == (Route.MATCH, "words")
         assert questions(api) == before
+        # Three runs went well; with two of them rejected, too few did.
+        for job_id in [found["id"] for found in rows(database_url, "SELECT id FROM jobs WHERE route = 'match'")][:2]:
+            application.history.judge(job_id, Verdict.BAD, "")
+        assert row(database_url, "SELECT state FROM subagents")["state"] == State.PROBATION
 
 
 def test_a_spanish_task_finds_an_english_subagent_among_few_and_among_many(
@@ -273,4 +278,4 @@ def test_the_drafter_sees_the_nearest_and_can_widen_one_of_them(start_with_key: 
         )
         application.accept(job)
         assert "taught “scarf coder” to do it" in outcome_of(application, job).text
-    assert row(database_url, "SELECT version FROM subagents")["version"] == 2
+        assert row(database_url, "SELECT version, state FROM subagents") == {"version": 2, "state": "probation"}

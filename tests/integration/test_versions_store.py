@@ -209,6 +209,20 @@ def test_a_roll_back_is_a_new_version_equal_to_the_old_one(
     assert keeper.roll_back("scarf_coder", 1)[0].definition == coder.definition
 
 
+def test_what_did_well_before_it_was_widened_is_trusted_again_when_it_is_back(
+    keeper: Keeper, lives: Lives, jobs: Jobs, coder: Subagent, database_url: str
+) -> None:
+    for _ in range(2):
+        job = jobs.insert_claimed(quiet_task(), "me", 60)
+        jobs.begin_run(job, coder.id, coder.version, "")
+        jobs.finish(job, Outcome(JobState.SUCCEEDED, "Done."))
+    lives.edit("scarf_coder", edited(coder, max_turns=3), based_on=1)
+    rows(database_url, "UPDATE subagents SET state = 'probation'")
+    assert keeper.roll_back("scarf_coder")[0].state is State.ACTIVE
+    rows(database_url, "UPDATE subagents SET state = 'probation'")
+    assert keeper.roll_back("scarf_coder", 2)[0].state is State.PROBATION
+
+
 def test_of_two_roll_backs_at_once_one_is_made(
     keeper: Keeper, lives: Lives, versions: Versions, coder: Subagent
 ) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from pokestrator.claude.answers import body_of
+from pokestrator.claude.counting import Ledger
+from pokestrator.claude.models import model_of
+from pokestrator.claude.questions import LEAST_TOKENS, MOST_TOKENS
 from pokestrator.jobs import JobState, Outcome
 from pokestrator.routing import TASK_SHOWN, UNANSWERED, Answer, question, read_answer
 from pokestrator.runs import ErrorKind, RunResult
-from pokestrator.store.shortlist import Candidate, Example
+from pokestrator.store.shortlist import SHORTLIST, Candidate, Example
 from pokestrator.subagents import State
 
 BOILER = Candidate("egg_boiler", State.ACTIVE, "Boils eggs.", (Example("Boil two eggs"), Example("Soft, please")))
@@ -50,6 +55,16 @@ def test_long_texts_are_cut() -> None:
     assert len(question("Boil", "", (long,), "haiku").prompt) < 1_200
     both = question("b" * 20_000, {"note": "m" * 16_000}, (BOILER,), "haiku").prompt
     assert TASK_SHOWN * 2 < len(both) < TASK_SHOWN * 2 + 500
+
+
+@pytest.mark.parametrize("model", ["haiku", "sonnet", "opus", "fable"])
+def test_a_question_about_a_whole_shortlist_can_be_paid_for_with_every_model(model: str) -> None:
+    examples = (Example("e" * 60), Example("e" * 60))
+    shown = [Candidate(f"name_of_{number}", State.ACTIVE, "d" * 150, examples) for number in range(SHORTLIST)]
+    request = question("Boil one egg", "", shown, model)
+    body = body_of(request, model_of(model) or "", MOST_TOKENS, [{"role": "user", "content": request.prompt}])
+    left = Ledger(request.max_budget_usd).output_tokens_left(model_of(model) or "", len(json.dumps(body)))
+    assert left > 5 * LEAST_TOKENS
 
 
 def test_where_nobody_was_found_the_question_says_so_and_only_null_answers_it() -> None:
