@@ -65,7 +65,7 @@ def test_a_subagent_is_edited_compared_rolled_back_and_shown(
     shown = json.loads(command("show", "scarf_coder", "--version", "2", "--json", environment=environment).stdout)
     assert (shown["version"], shown["current_version"], shown["definition"]["max_turns"]) == (2, 3, 7)
     assert [version["note"] for version in shown["versions"]] == ["", "two kinds", "back to version 1"]
-    assert {"task": "Convert my scarf into Morse code", "author": "drafter"} in shown["examples"]
+    assert {"task": "Convert my scarf into Morse code", "author": "person"} in shown["examples"]
 
 
 def test_a_mistake_is_not_stored_and_what_was_typed_is_kept_and_taken_later(

@@ -193,7 +193,7 @@ def test_the_timeline_tells_the_way_of_a_task(application: Application) -> None:
     kinds = [kind for kind, _ in told]
     assert kinds == ["accepted", "claimed", "routed", "running", "tool", "text", "finished", "delivered"]
     said = dict(told)
-    assert said["routed"].startswith("template: sea_poet")
+    assert said["routed"].startswith("template: it equals an example of sea_poet")
     assert said["running"] == "sea_poet version 1"
     assert said["tool"] == "Bash: echo the echo sea"
     assert said["text"] == "The sea."
