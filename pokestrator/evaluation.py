@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import time
@@ -138,7 +139,7 @@ def evaluate(database: Database, material: Material) -> Figures:
         precision=_share(right) if right else None,
         false_matches=_share(false) if false else None,
         p50=statistics.median(milliseconds),
-        p95=sorted(milliseconds)[int(0.95 * (len(milliseconds) - 1))],
+        p95=sorted(milliseconds)[math.ceil(0.95 * len(milliseconds)) - 1],
     )
 
 
