@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,11 +150,14 @@ def test_inline_a_run_that_is_cancelled_before_its_agent_is_there_does_not_ask_t
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     claude = Inline(agent_environment(api.url))
     seen = len(api.requests)
-    future = threads.submit(claude.run, scripted({"hang": 60}, run_id="this"), ignore)
-    while not list(tmp_path.iterdir()):  # the run's folder comes right before its agent
-        assert not future.done()
-    claude.cancel("this")
-    result = future.result(20)
+    make_folder = tempfile.mkdtemp
+
+    def cancelled_meanwhile(**named: Any) -> str:
+        claude.cancel("this")
+        return make_folder(**named)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", cancelled_meanwhile)  # the run's folder comes right before its agent
+    result = threads.submit(claude.run, scripted({"hang": 60}, run_id="this"), ignore).result(20)
     assert (result.error, result.detail) == (ErrorKind.AGENT_CRASHED, "cancelled")
     assert len(api.requests) == seen
     assert agents() == []
