@@ -22,11 +22,12 @@ EXAMPLES_SHOWN = 2  # of the others
 EXAMPLE_CHARACTERS = 300  # of an example that are read
 TASK_CHARACTERS = 2_000  # of a task that are searched for; a longer one has said by then what it is about
 
-SMALL = 2_000  # subagents, up to which every word of a task finds whom it may
+SMALL = 1_000  # subagents, up to which every word of a task finds whom it may
 # Beyond that, words are gone through from the rarest on, until they would find so many subagents: each by itself, and
 # any two of them together. Whoever shares one common word alone with a task does not fit it.
 FOUND_BY_ONE = 300
 FOUND_BY_TWO = 3_000
+MOST_FOUND = 3_000  # of those who know the two rarest words, where these are common: all of them fit about as little
 PAIRED = 16  # words, at most: a long task has hundreds, and their pairs would keep PostgreSQL busy for minutes
 MOST_SCORED = 100  # of those found: the best by the ROUGHLY rarest words alone
 ROUGHLY = 8
@@ -73,9 +74,10 @@ templates AS MATERIALIZED (
         UNION ALL SELECT concat('(', a.query, ' & ', b.query, ')') FROM paired a JOIN paired b ON a.place < b.place
     ) ways (query)
 ), found AS (
-    SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM subagents s
-    WHERE s.search @@ (SELECT any_of FROM wanted)
-        AND s.state <> 'archived'
+    SELECT s.id, s.name, s.state, s.search, s.search_length AS length FROM (
+        SELECT * FROM subagents WHERE search @@ (SELECT any_of FROM wanted) AND state <> 'archived'
+        LIMIT (SELECT CASE WHEN documents > %(small)s THEN %(most_found)s END FROM size)
+    ) s
     ORDER BY (SELECT sum(weight) FROM rarest WHERE s.search @@ query) DESC NULLS LAST, s.id
     LIMIT %(most_scored)s
 ), documents AS (
@@ -170,6 +172,7 @@ class Shortlists:
                 "small": SMALL,
                 "by_one": FOUND_BY_ONE,
                 "by_two": FOUND_BY_TWO,
+                "most_found": MOST_FOUND,
                 "paired": PAIRED,
                 "most_scored": MOST_SCORED,
                 "roughly": ROUGHLY,

@@ -12,11 +12,10 @@ LOOK_SECONDS = 5.0  # between two looks whether to count
 COUNT_SECONDS = 600.0  # between two counts of many subagents, which take seconds
 COUNTING_SECONDS = 120  # a count may take
 
+# Whether something has changed is asked last: it is the only part that reads more than one row.
 IS_DUE = """
-SELECT EXISTS (SELECT FROM subagents WHERE search_made_at >= counted_at) AND (
-        counted_at < now() - make_interval(secs => %(pause)s) OR counted_at > now()
-        OR (SELECT count(*) FROM (SELECT FROM subagents LIMIT %(small)s + 1) few) <= %(small)s
-    ) AS due
+SELECT (subagents <= %(small)s OR counted_at < now() - make_interval(secs => %(pause)s) OR counted_at > now())
+    AND EXISTS (SELECT FROM subagents WHERE search_made_at >= counted_at) AS due
 FROM search_statistics"""
 
 # What has not changed is not written again: this happens every few seconds while tasks are done.
@@ -55,6 +54,7 @@ class Statistics:
         """Count now, unless another instance is doing so."""
         with self._source.connection(COUNTING_SECONDS) as connection:
             if _is_mine(connection):
+                connection.operation_seconds = COUNTING_SECONDS  # the pool sets it back
                 connection.execute(f"SET LOCAL statement_timeout = '{COUNTING_SECONDS}s'".encode())
                 for step in (COUNT, SUM):
                     connection.execute(step)

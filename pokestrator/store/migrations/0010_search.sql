@@ -37,3 +37,5 @@ INSERT INTO search_statistics DEFAULT VALUES;
 ALTER TABLE subagents
     ADD COLUMN search_made_at timestamptz NOT NULL DEFAULT now(),
     ADD COLUMN search_length integer GENERATED ALWAYS AS (words_in(search)) STORED;
+-- Whether something has changed since the last count is asked every few seconds.
+CREATE INDEX subagents_search_made ON subagents (search_made_at);
