@@ -4,8 +4,10 @@
 
 Each knows five examples. Their words are made up, and as common and rare as words are (Zipf's law); a third of a text
 is from ten words that are its subagent's own, and so is a third of each task. Stop words, stemming and the index are
-PostgreSQL's, embedded, in a temporary folder. Beside the search, a single rare word is looked up in the same index: the
-floor for anything that asks the database.
+PostgreSQL's, embedded, in a temporary folder. The templates that the service ships are among those to choose from.
+
+`common`: tasks of one to four of the most common words, which tell nobody apart. Two floors stand beside: one rare word
+looked up in the same index, and `SELECT 1`. `refresh`: making a subagent's text anew when it knows 5 examples, or 50.
 """
 
 from __future__ import annotations
@@ -16,25 +18,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from psycopg.sql import SQL
-
 from pokestrator.store.embedded import EmbeddedPostgres
-from pokestrator.store.examples import refresh_search
+from pokestrator.store.examples import INSERT_EXAMPLE, MAX_EXAMPLES, refresh_search
 from pokestrator.store.migrate import migrate
 from pokestrator.store.pool import Connection, Database
 from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.statistics import Statistics
+from pokestrator.store.templates import TEMPLATES_FOLDER, load_templates
 
-SIZES = (1_000, 10_000, 100_000)
+SIZES = (1_000, 2_000, 10_000, 100_000)
 TASKS = 400
+REFRESHED = 100
 WORDS = 40_000
 OWN_SHARE, STOP_SHARE = 0.35, 0.3
 STOP = ["the", "a", "of", "to", "in", "for", "my", "is", "what", "can", "you", "i", "me", "please", "and", "on", "with"]
 LOAD_SECONDS = 1_200
+RARE = "SELECT id FROM subagents WHERE search @@ exactly(%s) LIMIT 32"
+TEMPLATES, _ = load_templates(TEMPLATES_FOLDER)
 
 RAW = "CREATE TEMP TABLE raw (name text, description text, examples text[])"
 LOAD = (
@@ -109,14 +114,42 @@ def p95(taken: Sequence[float]) -> float:
     return taken[int(0.95 * (len(taken) - 1))]
 
 
-def measure(postgres: EmbeddedPostgres, size: int, language: Language) -> tuple[float, ...]:
-    """p50 and p95 of the search, p50 of the floor, the share found, seconds of the count, milliseconds of a refresh."""
-    owner = Database(postgres.url)
-    with owner.connect() as connection:
+@dataclass(frozen=True)
+class Measured:
+    """Sorted milliseconds, the share of tasks whose subagent was found, and the seconds of the count."""
+
+    search: list[float]
+    common: list[float]
+    one_word: list[float]
+    nothing: list[float]
+    refresh: list[float]
+    refresh_of_many: list[float]
+    found: float
+    counted: float
+
+    def row(self, size: int, first: float) -> str:
+        p50, one_word, nothing = (statistics.median(each) for each in (self.search, self.one_word, self.nothing))
+        return (
+            f"{size:>9,} {p50:>7.1f} {p95(self.search):>7.1f} {p95(self.common):>11.1f} {p50 / first:>9.1f} "
+            f"{p50 / one_word:>12.0f} {p50 / nothing:>12.0f} {100 * self.found:>5.0f}% {self.counted:>8.1f} "
+            f"{statistics.median(self.refresh):>13.1f} {statistics.median(self.refresh_of_many):>6.1f}"
+        )
+
+
+HEAD = "subagents  p50 ms  p95 ms  common p95  to first  to one word  to SELECT 1  found  count s  refresh 5 ms  50 ms"
+
+
+def database_of(postgres: EmbeddedPostgres, size: int) -> Database:
+    with Database(postgres.url).connect() as connection:
         connection.execute(f"CREATE DATABASE of_{size}".encode())
     database = Database(postgres.url.replace("/postgres?", f"/of_{size}?"), min_size=1, max_size=1)
     migrate(database)
     database.open()
+    return database
+
+
+def measure(postgres: EmbeddedPostgres, size: int, language: Language) -> Measured:
+    database = database_of(postgres, size)
     topics = [language.topic() for _ in range(size)]
     with database.connect(operation_seconds=LOAD_SECONDS) as connection:
         load(connection, language, topics)
@@ -124,34 +157,47 @@ def measure(postgres: EmbeddedPostgres, size: int, language: Language) -> tuple[
     Statistics(database).count()
     counted = time.perf_counter() - started
     asked = [(number, language.text(topics[number], 15)) for number in language.random.sample(range(size), TASKS)]
+    common = [" ".join(language.words[at : at + 1 + at % 4]) for at in range(TASKS // 4)]
     shortlists = Shortlists(database)
-    found = [
-        any(each.name == name_of(number) for each in shortlists.find(task, ()).candidates) for number, task in asked
-    ]
-    taken = milliseconds(lambda each: shortlists.find(each[1], ()), asked)
+
+    def names(task: str) -> list[str]:
+        return [candidate.name for candidate in shortlists.find(task, TEMPLATES).candidates]
+
+    found = sum(name_of(number) in names(task) for number, task in asked) / TASKS
     with database.connect() as connection:
-        rare = SQL("SELECT id FROM subagents WHERE search @@ exactly(%s) LIMIT 32")
-        floor = milliseconds(lambda number: connection.execute(rare, [topics[number][9]]).fetchall(), range(TASKS))
-        refresh = milliseconds(lambda number: refresh_search(connection, number), range(1, 101))
+        connection.execute("SET jit = off")
+        measured = Measured(
+            search=milliseconds(names, [task for _, task in asked]),
+            common=milliseconds(names, common),
+            one_word=milliseconds(lambda each: connection.execute(RARE, [topics[each[0]][9]]).fetchall(), asked),
+            nothing=milliseconds(lambda _: connection.execute("SELECT 1").fetchall(), asked),
+            refresh=milliseconds(lambda number: refresh_search(connection, number), range(1, REFRESHED + 1)),
+            refresh_of_many=refreshes_of_many(connection, language, topics),
+            found=found,
+            counted=counted,
+        )
     database.close()
-    return statistics.median(taken), p95(taken), statistics.median(floor), sum(found) / TASKS, counted, refresh[50]
+    return measured
+
+
+def refreshes_of_many(connection: Connection, language: Language, topics: Sequence[Sequence[str]]) -> list[float]:
+    for number in range(1, REFRESHED + 1):
+        for _ in range(MAX_EXAMPLES - 5):
+            connection.execute(INSERT_EXAMPLE, [number, language.text(topics[number - 1], 12), "person", None])
+    return milliseconds(lambda number: refresh_search(connection, number), range(1, REFRESHED + 1))
 
 
 def main(sizes: Sequence[int]) -> None:
     language = Language()
-    print("subagents    p50 ms   p95 ms   to the first   to one word   found   count s   refresh ms")
+    print(HEAD)
     first: float | None = None
     with tempfile.TemporaryDirectory(prefix="pokestrator-bench-", ignore_cleanup_errors=True) as folder:
         postgres = EmbeddedPostgres(Path(folder))
         try:
             for size in sizes:
-                p50, late, floor, found, counted, refresh = measure(postgres, size, language)
-                first = first or p50
-                print(
-                    f"{size:>9,}  {p50:>8.1f} {late:>8.1f} {p50 / first:>14.1f} {p50 / floor:>13.1f} "
-                    f"{100 * found:>6.0f}% {counted:>9.1f} {refresh:>12.1f}",
-                    flush=True,
-                )
+                measured = measure(postgres, size, language)
+                first = first or statistics.median(measured.search)
+                print(measured.row(size, first), flush=True)
         finally:
             postgres.leave()
 

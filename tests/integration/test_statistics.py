@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
+import pytest
+
+from pokestrator.store import pool
 from pokestrator.store.pool import Database
 from pokestrator.store.shortlist import Shortlists
-from pokestrator.store.statistics import Statistics
+from pokestrator.store.statistics import COUNT, SUM, Statistics
 from pokestrator.store.subagents import Subagents
 from tests.integration.flow import draft, poet, rows
 from tests.integration.test_subagents_store import LONG_AGO
@@ -74,3 +78,34 @@ def test_while_one_instance_counts_another_does_not_wait_for_it(
         assert done.wait(5)
         thread.join()
     assert known(database_url, "lighthous") is None
+
+
+def test_a_count_may_take_longer_than_other_operations(
+    database: Database, subagents: Subagents, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subagents.adopt(poet())
+    Statistics(database).count()
+    subagents.adopt(poet(name="lake_poet"))
+    with database.connect() as slow:
+        slow.execute("BEGIN")
+        slow.execute("SELECT FROM search_statistics FOR UPDATE")
+        monkeypatch.setattr(pool, "OPERATION_SECONDS", 0.3)
+        with ThreadPoolExecutor() as threads:
+            counting = threads.submit(Statistics(database).count)
+            assert wait([counting], 4 * pool.OPERATION_SECONDS).not_done
+            slow.execute("COMMIT")
+            counting.result(10)
+    assert known(database_url, "lighthous") == 2
+
+
+def test_while_it_counts_the_search_and_what_is_learned_do_not_wait(
+    database: Database, subagents: Subagents, database_url: str
+) -> None:
+    subagents.adopt(poet())
+    with database.connection() as counting:
+        counting.execute(COUNT)
+        counting.execute(SUM)
+        subagents.build(draft("semaphore_waver"), "Wave the semaphore for an S", since=LONG_AGO)
+        found = Shortlists(database).find("semaphore", ())
+    assert [candidate.name for candidate in found.candidates] == ["semaphore_waver"]
+    assert known(database_url, "lighthous") == 1
