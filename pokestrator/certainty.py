@@ -60,24 +60,16 @@ def _nearly_equal(
     task: str, candidates: list[Candidate], lexemes: frozenset[str]
 ) -> Certainty | Literal["open"] | None:
     """The one candidate that has done a task like this; "open" where several have done this very task."""
-    equal: list[tuple[Candidate, Example]] = []
-    alike: list[tuple[Candidate, Example]] = []
-    for candidate in candidates:
-        by_likeness: dict[Likeness | None, Example] = {
-            _likeness(task, lexemes, example): example for example in candidate.examples
-        }
-        if example := by_likeness.get("equal"):
-            equal.append((candidate, example))
-        elif example := by_likeness.get("alike"):
-            alike.append((candidate, example))
-    found = equal or alike
+    likenesses = [{_likeness(task, lexemes, example) for example in candidate.examples} for candidate in candidates]
+    equal = [each for each, found in zip(candidates, likenesses, strict=True) if "equal" in found]
+    alike = [each for each, found in zip(candidates, likenesses, strict=True) if "alike" in found]
     # A template that has the example too is no rival of a stored one.
-    stored = [each for each in equal if each[0].is_stored] or found
-    if len(stored) != 1:
+    chosen = [each for each in equal if each.is_stored] or equal or alike
+    if len(chosen) != 1:
         return "open" if equal else None
-    [(candidate, _example)] = stored
     # The example itself may be another person's task, which is nobody else's business.
-    return Certainty(candidate, None, f"{'it equals' if equal else 'it is nearly'} an example of {candidate.name}")
+    said = f"{'it equals' if equal else 'it is nearly'} an example of {chosen[0].name}"
+    return Certainty(chosen[0], None, said)
 
 
 def _likeness(task: str, lexemes: frozenset[str], example: Example) -> Likeness | None:

@@ -27,6 +27,10 @@ from pokestrator.terminal import (
 if TYPE_CHECKING:
     from pokestrator.evaluation import Figures
 
+NO_KEY = (
+    "words alone do not decide this, and Claude cannot be asked: neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN "
+    "is set. --no-question shows what words say"
+)
 SHOWN = 10  # candidates in the table
 
 
@@ -74,8 +78,11 @@ def _decide(task: str, no_question: bool, as_json: bool) -> None:
     except InvalidTask as error:
         fail(2, str(error))
     configure_logging("ERROR", redact=process_redactor())
+    has_key = settings.anthropic_api_key is not None or settings.claude_code_oauth_token is not None
     with interruptible(), application_here(settings) as application:
-        decision = application.runner.decide_only(task, may_ask=not no_question)
+        decision = application.runner.decide_only(task, may_ask=has_key and not no_question)
+    if not (has_key or no_question) and not isinstance(decision, Outcome) and decision.route is None:
+        fail(1, NO_KEY)
     if isinstance(decision, Outcome):
         fail(1, f"{decision.text}\n{decision.detail}".strip())
     _show(decision.record(), as_json)

@@ -21,7 +21,7 @@ from pokestrator.claude.relay_messages import no_number
 from pokestrator.runs import ErrorKind, RunRequest, RunResult
 from pokestrator.telemetry import one_line
 
-ANSWER_TOOL = "StructuredOutput"
+ANSWER_TOOL = "StructuredOutput"  # as the CLI calls it
 HEADERS = {
     "content-type": "application/json",
     "accept": "application/json",

@@ -2,7 +2,7 @@
 
 A question is a request with an output schema and no tools. By the CLI it costs the start of a process; here it costs a
 thread that waits. How it ends is said in the same words (outcomes.py), and what it costs is counted in the same way
-(counting.py). The `anthropic` package would be no quicker and take 44 MB of each worker: docs/performance.md.
+(counting.py). The `anthropic` package would be no quicker and take 43 MB of each worker: docs/performance.md.
 """
 
 from __future__ import annotations

@@ -29,14 +29,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pokestrator.claude.answers import ANSWER_TOOL
 from pokestrator.routing import EXAMPLE_SHOWN
 from pokestrator.subagents import Draft
 from pokestrator.telemetry import one_line
 
 Step = Mapping[str, Any]
 Body = Mapping[str, Any]
-
-STRUCTURED_OUTPUT_TOOL = "StructuredOutput"  # the CLI asks for `output_format` by offering a tool of this name
 
 FAULTS = ("status", "hang", "cut", "malformed", "sse_error")
 ANSWERS = ("refusal", "empty", "structured", "tool", "text")
@@ -104,7 +103,7 @@ def message_of(step: Step, model: str) -> dict[str, Any]:
     if kind == "tool":
         content.append(_tool_use(step["tool"], step.get("input", {})))
     elif kind == "structured":
-        content.append(_tool_use(STRUCTURED_OUTPUT_TOOL, step["structured"]))
+        content.append(_tool_use(ANSWER_TOOL, step["structured"]))
     elif kind not in ("refusal", "empty"):
         content.append({"type": "text", "text": step.get("text", "A scripted answer that does not arrive whole.")})
     return {
@@ -177,7 +176,7 @@ def _wanted(body: Body) -> str:
 def _output_schema(body: Body) -> Mapping[str, Any] | None:
     """The JSON Schema of the structured output the request asks for."""
     for tool in body.get("tools") or ():
-        if tool.get("name") == STRUCTURED_OUTPUT_TOOL:
+        if tool.get("name") == ANSWER_TOOL:
             schema: Mapping[str, Any] = tool.get("input_schema", {})
             return schema
     return None

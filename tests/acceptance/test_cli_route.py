@@ -41,13 +41,21 @@ def test_where_words_do_not_decide_claude_is_asked_or_it_is_said_that_it_would_b
     open_ = pokestrator("route", "--no-question", "--json", "Rain and knitting", environment=environment)
     decision = json.loads(open_.stdout)
     assert (decision["route"], decision["name"]) == (None, None)
-    assert "Claude is asked" in decision["reason"]
+    assert "Claude would be asked" in decision["reason"]
     asked = pokestrator("route", "--json", "Rain and knitting", environment=environment)
     decision = json.loads(asked.stdout)
     assert (decision["route"], decision["decided_by"]) == ("build_new", "claude")
     assert decision["reason"] == "None of them has done this very task."
     assert "weather_forecaster" in [each["name"] for each in decision["candidates"]]
     assert decision["milliseconds"] > 0
+
+
+def test_without_a_key_it_is_said_what_is_missing(environment: Environment) -> None:
+    keyless = {**environment, "ANTHROPIC_API_KEY": ""}
+    asked = pokestrator("route", "Rain and knitting", environment=keyless)
+    assert (asked.returncode, asked.stdout) == (1, "")
+    assert "neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set" in asked.stderr
+    assert pokestrator("route", OWN_EXAMPLE, environment=keyless).returncode == 0
 
 
 def test_a_file_is_measured_and_the_owners_subagents_are_left_alone(
