@@ -205,10 +205,7 @@ def _counted(number: int) -> str:
 def _run_here(settings: Settings, wanted: NewJob) -> Outcome | None:
     """Run a job to its end in this process, and leave nothing behind."""
     with application_here(settings) as application:
-        try:
-            return _follow_here(application, application.claim_here(wanted))
-        except StoreUnavailable as error:
-            fail(3, f"the database went away: {error}")
+        return _follow_here(application, application.claim_here(wanted))
 
 
 def _follow_here(application: Application, job: Job) -> Outcome | None:

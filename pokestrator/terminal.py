@@ -55,7 +55,7 @@ def database_url_at_hand(settings: Settings) -> Iterator[str]:
 def application_here(settings: Settings) -> Iterator[Application]:
     """A started application in this process, for settings that say `inline`; nothing is left behind of it.
 
-    Exits with 3 when it cannot start for want of its database.
+    Exits with 3 when it cannot start for want of its database, or when that goes away within the block.
     """
     from pokestrator import bootstrap
 
@@ -68,7 +68,10 @@ def application_here(settings: Settings) -> Iterator[Application]:
             application.start()
         except StoreUnavailable as error:
             fail(3, f"database init failed: {error}")
-        yield application
+        try:
+            yield application
+        except StoreUnavailable as error:
+            fail(3, f"the database went away: {error}")
 
 
 @contextmanager
