@@ -37,8 +37,9 @@ class Built:
     def message(self) -> str:
         """What the person is told."""
         name, description = self.subagent.name.replace("_", " "), self.subagent.definition.description
+        end = "" if description.endswith((".", "!", "?", "…")) else "."
         did = f"taught “{name}” to do it" if self.is_widened else f"built “{name}”"
-        return f"I had nothing for this yet, so I {did}: {description} Please send the task again to run it."
+        return f"I had nothing for this yet, so I {did}: {description}{end} Please send the task again to run it."
 
 
 class Builder:

@@ -18,7 +18,7 @@ from pokestrator.demo.messages_api import MessagesApi
 from pokestrator.errors import LeaseLost
 from pokestrator.jobs import Job, JobState, Outcome
 from pokestrator.redaction import Redactor
-from pokestrator.runs import ErrorKind, RunRequest, RunResult
+from pokestrator.runs import ErrorKind, RunRequest, RunResult, Usage
 from pokestrator.store.budgets import Budgets
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.history import History
@@ -28,7 +28,7 @@ from pokestrator.store.secrets import Vault, new_key
 from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.widening import Widening
-from pokestrator.subagents import Draft, State, Subagent
+from pokestrator.subagents import Definition, Draft, Origin, State, Subagent
 from tests.integration.flow import UNFITTING_TASK, draft, examples_for, job_row, poet, row, rows, task
 
 SEMAPHORE_TASK = "Say the scarf of my uncle in semaphore flags"
@@ -311,6 +311,13 @@ def test_a_drafter_that_is_slow_ends_by_the_deadline(
     outcome = builder.build(job, {})
     assert isinstance(outcome, Outcome)
     assert outcome.error is ErrorKind.TIMEOUT
+
+
+@pytest.mark.parametrize("said", ["Brews tea in pots of all sizes", "Brews tea in pots of all sizes."])
+def test_the_person_is_told_in_whole_sentences(said: str) -> None:
+    definition = Definition(description=said, system_prompt="You brew tea, and say when it is ready to drink.")
+    message = Built(Subagent(1, "tea_brewer", Origin.BUILT, 1, definition), False, Usage()).message
+    assert "so I built “tea brewer”: Brews tea in pots of all sizes. Please send the task again" in message
 
 
 def test_a_second_try_that_fails_counts_the_first(build: Build) -> None:
