@@ -28,8 +28,8 @@ from pokestrator.subagent_files import (
     read_form,
     template_file_of,
 )
-from pokestrator.tables import FIGURES, cells_of, fields_of, print_table, row_of, utc
-from pokestrator.telemetry import many_lines, one_line
+from pokestrator.tables import FIGURES, fields_of, judged_fields, print_history, print_table, row_of
+from pokestrator.telemetry import many_lines
 from pokestrator.terminal import accepted_settings, fail, line_to_database
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pokestrator.subagents import Definition, Subagent
 
 STDIN = "-"
+VERDICTS_SHOWN = 20  # the latest
 
 
 def answers(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,6 +94,7 @@ def show(name: str, number: int | None, wants_json: bool) -> None:
     """Show all of the subagent NAME: what it says, its examples, its versions."""
     with _keeper() as keeper:
         subagent, versions, examples = keeper.get(name), keeper.versions(name), keeper.examples(name)
+        verdicts = keeper.verdicts(name, VERDICTS_SHOWN)
         wanted = number or (subagent.version if subagent else None)
         shown = keeper.version(name, wanted) if wanted else None
         definition = shown.definition if shown else keeper.template(name).definition()
@@ -106,19 +108,14 @@ def show(name: str, number: int | None, wants_json: bool) -> None:
             "definition": definition.model_dump(mode="json"),
             "examples": [{"task": task, "author": author} for task, author in examples],
             "versions": [fields_of(version) for version in versions],
+            "verdicts": [judged_fields(each) for each in verdicts],
         }
         click.echo(json.dumps(fields, indent=2))
         return
     is_what = f"{subagent.state}, {subagent.origin}" if subagent else "a template that no task has used yet"
     click.echo(f"{name}: {is_what}" + (f", version {shown.number} of {len(versions)}" if shown else ""))
     click.echo(many_lines(plain_text_of(definition)))
-    click.echo(f"{len(examples)} examples")
-    for task, author in examples:
-        click.echo(f"  {author:<8}  {one_line(task)}")
-    if versions:
-        click.echo()
-        rows = ((str(v.number), v.author, utc(v.at), *cells_of(v.figures), v.note) for v in versions)
-        print_table(("version", "author", "at", *FIGURES, "note"), rows)
+    print_history(examples, versions, verdicts)
 
 
 @subagents.command()
@@ -163,7 +160,7 @@ def edit(name: str, note: str, source: Path | None, wants_json: bool) -> None:
             line.close()  # it may have been dropped while the owner wrote; the next use opens it again
             keeper.check_edit(subagent, definition)
 
-        now = keeper.stored(name)
+        now = keeper.as_it_is(name)
         if source is not None:
             based_on, definition = read_form(text_in(source))
             now = keeper.edit(name, definition, based_on=based_on, note=note)
@@ -206,7 +203,11 @@ def archive(name: str, wants_json: bool) -> None:
 def restore(name: str, wants_json: bool) -> None:
     """Bring the archived subagent NAME back."""
     with _keeper() as keeper:
-        now = keeper.restore(name)
+        now, twins = keeper.restore(name), keeper.twins(name)
+    if twins:
+        click.echo(
+            f"Tasks may now go to {' or '.join(twins)} as well, whose description says nearly the same.", err=True
+        )
     state = "active" if now.state == "active" else f"on {now.state}"
     _tell(wants_json, {"name": name, "state": now.state}, f"{name} is {state} again.")
 
@@ -240,7 +241,7 @@ def export(
     make = template_file_of if as_template else document_of
     text = as_json(make(moved.name, moved.definition, moved.examples))
     if moved.left_out:
-        click.echo(f"{moved.left_out} of its examples are left out.", err=True)
+        click.echo(f"Left out of its examples: {moved.left_out}.", err=True)
     if output is None:
         click.echo(text.encode())
         return
@@ -266,7 +267,10 @@ def import_(file: Path, replace: bool, note: str, wants_json: bool) -> None:
     value = object_of(sys.stdin.buffer.read(MAX_BYTES + 1)) if is_stdin else read_object(file)
     name, definition, examples = read_file(value)
     with _keeper() as keeper:
-        now, before = keeper.take_in(name, definition, examples, replace=replace, note=note or "imported")
+        try:
+            now, before = keeper.take_in(name, definition, examples, replace=replace, note=note or "imported")
+        except CannotChange as error:
+            raise error if replace else CannotChange(f"{error}: --replace does that") from error
     fields = {"name": name, "version": now.version, "state": now.state, "created": before is None}
     if before is None:
         said = f"{name} is stored, and active."

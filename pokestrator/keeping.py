@@ -13,8 +13,8 @@ from pokestrator.errors import CannotChange, InvalidDefinition, UnknownSubagent
 from pokestrator.store.lives import Lives
 from pokestrator.store.pool import ConnectionSource
 from pokestrator.store.subagents import Subagents
-from pokestrator.store.versions import Version, Versions
-from pokestrator.subagent_checks import problems_of
+from pokestrator.store.versions import Judged, Version, Versions
+from pokestrator.subagent_checks import alike, problems_of, words_of
 from pokestrator.subagents import MAX_EXAMPLES, Author, Definition, Origin, Subagent, Template
 
 NAMES_SEARCHED = 10_000  # for one that is like a name that does not exist
@@ -85,11 +85,19 @@ class Keeper:
             return [(task, Author.TEMPLATE) for task in self._templates[name].examples]
         return self._lives.examples(name)
 
+    def verdicts(self, name: str, limit: int) -> list[Judged]:
+        """What people said of its results, the latest first; of results that are still kept."""
+        return self._versions.verdicts(name, limit)
+
     # Changing
 
     def stored(self, name: str) -> Subagent:
         """The stored subagent; a template is stored by this."""
         return self.get(name) or self._subagents.adopt(self._templates[name])
+
+    def as_it_is(self, name: str) -> Subagent:
+        """The subagent, or what a template that no task has used yet would be stored as; nothing is stored by this."""
+        return self.get(name) or Subagent(0, name, Origin.TEMPLATE, 1, self._templates[name].definition())
 
     def check_edit(self, subagent: Subagent, definition: Definition) -> None:
         """Raises InvalidDefinition if `definition` may not become a version of it."""
@@ -99,7 +107,8 @@ class Keeper:
 
     def edit(self, name: str, definition: Definition, *, based_on: int, note: str = "") -> Subagent:
         """Store a new version, made from version `based_on`; none if nothing is changed."""
-        self.check_edit(self.stored(name), definition)
+        self.check_edit(self.as_it_is(name), definition)
+        self.stored(name)
         return self._lives.edit(name, definition, based_on=based_on, note=checked_note(note))
 
     def roll_back(self, name: str, to: int | None = None, *, based_on: int | None = None) -> tuple[Subagent, int]:
@@ -123,6 +132,11 @@ class Keeper:
             raise CannotChange(f"{name} is not archived")
         return self._lives.restore(name)
 
+    def twins(self, name: str) -> list[str]:
+        """Others that a task could be matched with as well: their descriptions say nearly the same."""
+        own = words_of(self.as_it_is(name).definition.description)
+        return [other for other, said in self._others().items() if other != name and alike(own, words_of(said))]
+
     def rename(self, name: str, new_name: str) -> Subagent:
         subagent = self.get(name)
         if subagent is None or (subagent.origin is Origin.TEMPLATE and name in self._templates):
@@ -143,8 +157,7 @@ class Keeper:
 
     def export(self, name: str, *, learned: bool = True) -> Moved:
         """All that an import needs. Not `learned`: without tasks that are examples because somebody sent them."""
-        subagent = self.get(name)
-        definition = subagent.definition if subagent else self._templates[name].definition()
+        definition = self.as_it_is(name).definition
         known = self.examples(name)
         tasks = [task for task, author in known if learned or author is not Author.PERSON][:MAX_EXAMPLES]
         problems = problems_of(name, definition, tasks, others={}, redact=self._redact)

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from pokestrator.telemetry import one_line
 
 if TYPE_CHECKING:
-    from pokestrator.store.versions import Figures, Version
+    from pokestrator.store.versions import Figures, Judged, Version
     from pokestrator.subagents import Subagent
 
 PIPED_WIDTH = 200  # where there is no terminal
@@ -51,6 +53,21 @@ def row_of(subagent: Subagent, version: Version) -> tuple[str, ...]:
     return subagent.name, subagent.state, str(version.number), version.author, *figures, said
 
 
+def print_history(examples: Sequence[tuple[str, str]], versions: Sequence[Version], verdicts: Sequence[Judged]) -> None:
+    """Print what a subagent has learned, what it has said, and what people said of its results."""
+    click.echo(f"{len(examples)} examples")
+    for task, author in examples:
+        click.echo(f"  {author:<8}  {one_line(task)}")
+    if versions:
+        rows = ((str(v.number), v.author, utc(v.at), *cells_of(v.figures), v.note) for v in versions)
+        click.echo()
+        print_table(("version", "author", "at", *FIGURES, "note"), rows)
+    if verdicts:
+        said = ((v.verdict, str(v.version), utc(v.at), str(v.request_id), v.note) for v in verdicts)
+        click.echo()
+        print_table(("verdict", "version", "at", "request", "note"), said)
+
+
 def cells_of(figures: Figures) -> tuple[str, ...]:
     """What stands in the columns FIGURES."""
     if figures.success_share is None or figures.mean_cost_usd is None:
@@ -63,6 +80,11 @@ def fields_of(version: Version) -> dict[str, Any]:
     """A version and its figures, for JSON."""
     fields = {"version": version.number, "author": version.author, "at": utc(version.at), "note": version.note}
     return {**fields, **vars(version.figures)}
+
+
+def judged_fields(judged: Judged) -> dict[str, Any]:
+    """A verdict, for JSON."""
+    return {**vars(judged), "request_id": str(judged.request_id), "at": utc(judged.at)}
 
 
 def utc(at: datetime) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 
 from psycopg.rows import DictRow
 
+from pokestrator.jobs import Verdict
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.subagents import Author, Definition, Origin, State, Subagent
 
@@ -49,6 +51,24 @@ SELECT s.name, v.description FROM subagents s JOIN subagent_versions v ON v.suba
 WHERE s.state <> 'archived'"""
 
 
+VERDICTS = """
+SELECT j.id AS request_id, j.verdict_at AS at, j.subagent_version AS version, j.verdict,
+    coalesce(j.verdict_note, '') AS note
+FROM jobs j JOIN subagents s ON s.id = j.subagent_id
+WHERE s.name = %s AND j.verdict IS NOT NULL ORDER BY j.verdict_at DESC LIMIT %s"""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a person said of a result."""
+
+    request_id: uuid.UUID
+    at: datetime
+    version: int
+    verdict: Verdict
+    note: str
+
+
 @dataclass(frozen=True)
 class Figures:
     """How a version did in the runs that are kept: `success_share` is 0 to 1; all None where there was no run."""
@@ -87,6 +107,12 @@ class Versions:
         with self._source.connection() as connection:
             rows = connection.execute(OF_ALL, {"limit": limit, "archived": archived})
             return [(subagent_of(row), _version_of(row)) for row in rows]
+
+    def verdicts(self, name: str, limit: int) -> list[Judged]:
+        """What people said of a subagent's results that are still kept, the latest first."""
+        with self._source.connection() as connection:
+            rows = connection.execute(VERDICTS, [name, limit])
+            return [Judged(**{**row, "verdict": Verdict(row["verdict"])}) for row in rows]
 
     def descriptions(self) -> dict[str, str]:
         """The descriptions of all subagents that can be matched, by their names."""

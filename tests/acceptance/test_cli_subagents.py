@@ -124,8 +124,10 @@ def test_a_text_that_was_not_changed_changes_nothing(
     assert (done.returncode, done.stdout, done.stderr) == (0, "Nothing is changed.\n", "")
     failed = command("edit", "scarf_coder", environment=with_editor(environment, tmp_path, "exit 3"))
     assert (failed.returncode, failed.stdout) == (1, "")
+    unused = command("edit", "weather_forecaster", environment=with_editor(environment, tmp_path, "exit 0"))
+    assert (unused.returncode, unused.stdout) == (0, "Nothing is changed.\n")
     assert list((tmp_path / "kept").iterdir()) == []
-    assert subagents.get("scarf_coder") == coder
+    assert subagents.all() == [coder]
 
 
 def test_a_subagent_is_moved_renamed_archived_and_restored(
@@ -141,6 +143,7 @@ def test_a_subagent_is_moved_renamed_archived_and_restored(
     refused = command("import", str(file), environment=environment)
     assert refused.returncode == 1
     assert "there is a subagent scarf_coder already" in refused.stderr
+    assert "--replace" in refused.stderr
     rows(database_url, "DELETE FROM subagents")
     taken = command("import", "-", "--json", environment=environment, stdin=document)
     assert json.loads(taken.stdout) == {"name": "scarf_coder", "version": 1, "state": "active", "created": True}

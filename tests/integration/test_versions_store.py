@@ -13,9 +13,10 @@ import psycopg
 import pytest
 
 from pokestrator.errors import CannotChange, InvalidDefinition, PokestratorError, UnknownSubagent
-from pokestrator.jobs import JobState, Outcome
+from pokestrator.jobs import JobState, Outcome, Verdict
 from pokestrator.keeping import Keeper
 from pokestrator.runs import ErrorKind, Usage
+from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.lives import Lives
 from pokestrator.store.pool import Database
@@ -186,6 +187,48 @@ def test_the_time_of_a_run_is_counted_from_its_own_begin(
     jobs.finish(job, Outcome(JobState.SUCCEEDED, "Done."))
     [version] = versions.of("scarf_coder")
     assert version.figures.p50_seconds is not None and version.figures.p50_seconds < 60
+
+
+# what is looked at -------------------------------------------------------------------------------------------------
+
+
+def test_what_people_said_of_results_is_seen_with_their_reasons_the_latest_first(
+    keeper: Keeper, jobs: Jobs, history: History, coder: Subagent
+) -> None:
+    for verdict, note in ((Verdict.GOOD, ""), (Verdict.BAD, "wrong letters")):
+        job = jobs.insert_claimed(quiet_task(), "me", 60)
+        jobs.begin_run(job, coder.id, coder.version, "")
+        jobs.finish(job, Outcome(JobState.SUCCEEDED, "Done."))
+        history.judge(job.id, verdict, note)
+    latest, first = keeper.verdicts("scarf_coder", 10)
+    assert (latest.request_id, latest.version, latest.verdict, latest.note) == (
+        job.id,
+        1,
+        Verdict.BAD,
+        "wrong letters",
+    )
+    assert (first.verdict, first.note) == (Verdict.GOOD, "")
+    assert keeper.verdicts("scarf_coder", 1) == [latest]
+    assert keeper.verdicts("sea_poet", 10) == []
+
+
+def test_a_template_that_no_task_has_used_is_stored_by_an_edit_that_is_accepted_and_by_no_other(
+    keeper: Keeper, subagents: Subagents
+) -> None:
+    unused = keeper.as_it_is("sea_poet")
+    assert (unused.version, unused.definition) == (1, poet().definition())
+    with pytest.raises(InvalidDefinition):
+        keeper.edit("sea_poet", edited(unused, system_prompt="x" * 60 + "canary-of-the-service"), based_on=1)
+    assert subagents.get("sea_poet") is None
+    assert keeper.edit("sea_poet", edited(unused, max_turns=3), based_on=1).version == 2
+
+
+def test_one_that_says_nearly_the_same_is_a_twin(keeper: Keeper, lives: Lives, coder: Subagent) -> None:
+    assert keeper.twins("scarf_coder") == []
+    lives.archive("scarf_coder")
+    lives.add("wool_coder", coder.definition, ())
+    lives.restore("scarf_coder")
+    assert keeper.twins("scarf_coder") == ["wool_coder"]
 
 
 # going back --------------------------------------------------------------------------------------------------------
