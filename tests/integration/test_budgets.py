@@ -192,6 +192,18 @@ def test_a_task_waits_for_what_another_run_holds_and_then_runs(
         assert "waits" in [event.kind for event in application.history.timeline(second.id)]
 
 
+def test_what_the_route_has_cost_is_part_of_the_run_and_not_beside_it(
+    api: MessagesApi, inbox: Inbox, database_url: str, parts: dict[str, Any]
+) -> None:
+    settings = settings_for(api, inbox, POKESTRATOR_DAILY_BUDGET_USD="0.02", POKESTRATOR_FAST_MODEL="claude-haiku-5-5")
+    with running(settings, database_url, **parts) as application:
+        chosen = {"for": "route", "structured": {"subagent": "sea_poet", "reason": "It rhymes."}}
+        job = of_caller(chosen, {"for": "run", "text": "Foam."}, description="Something in rhyme, please")
+        application.accept(job)
+        assert outcome_of(application, job).text == "Foam."
+    assert job_row(database_url, job.id)["reserved_usd"] == pytest.approx(0.02)  # all that a day allows
+
+
 def test_the_drafters_run_counts_too(api: MessagesApi, inbox: Inbox, database_url: str, parts: dict[str, Any]) -> None:
     settings = settings_for(api, inbox, POKESTRATOR_FAST_MODEL="claude-haiku-5-5")
     with running(settings, database_url, **parts) as application:

@@ -123,6 +123,27 @@ def test_a_name_that_an_older_subagent_has_is_numbered(subagents: Subagents, dat
     assert "Another thing altogether" not in examples_of(database_url, "scarf_coder")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE subagents SET state = 'archived'",
+        "UPDATE subagent_versions SET author = 'owner'",
+        "UPDATE subagent_versions SET credentials = '{MAIL_KEY}'",
+        "UPDATE subagent_versions SET description = 'Sends mail to whoever the owner has named before.'",
+    ],
+    ids=["archived", "the owner's", "with a credential", "for something else"],
+)
+def test_no_task_comes_by_a_drafts_name_to_one_that_is_not_its_twin(
+    subagents: Subagents, database_url: str, change: str
+) -> None:
+    other = subagents.build(draft("scarf_coder"), UNFITTING_TASK, since=LONG_AGO)
+    rows(database_url, change)
+    # Drafted at the same time: by its name alone it would be the same subagent.
+    mine = subagents.build(draft("scarf_coder"), "Another scarf in Morse code", since=LONG_AGO)
+    assert (other.name, mine.name) == ("scarf_coder", "scarf_coder_2")
+    assert "Another scarf in Morse code" not in examples_of(database_url, "scarf_coder")
+
+
 def test_a_name_that_is_not_stored_is_none(subagents: Subagents) -> None:
     assert subagents.get("sea_poet") is None
 
