@@ -7,23 +7,19 @@ from typing import Any
 
 import pytest
 
-from pokestrator.asking import Asker
-from pokestrator.building import Builder
 from pokestrator.claude.pool import Claude
 from pokestrator.jobs import JobState, Outcome
+from pokestrator.parts import make_runner
 from pokestrator.redaction import Redactor
-from pokestrator.routing import Router
-from pokestrator.running import Runner, RunPolicy
+from pokestrator.running import Runner
 from pokestrator.runs import ErrorKind, RunEvent, RunRequest, RunResult
-from pokestrator.store.budgets import Budgets
+from pokestrator.settings import Settings
 from pokestrator.store.credentials import Credentials
 from pokestrator.store.history import History
 from pokestrator.store.jobs import Jobs
 from pokestrator.store.pool import Database
 from pokestrator.store.secrets import Vault, new_key
-from pokestrator.store.shortlist import Shortlists
 from pokestrator.store.subagents import Subagents
-from pokestrator.store.widening import Widening
 from pokestrator.subagents import Template
 from tests.integration.flow import POET_TASK, job_row, poet, quiet_task
 
@@ -51,51 +47,30 @@ def claude() -> Player:
 
 
 @pytest.fixture
-def credentials(database: Database) -> Credentials:
-    return Credentials(database, Vault(new_key()))
+def vault() -> Vault:
+    return Vault(new_key())
 
 
-def runner_on(database: Database, credentials: Credentials, claude: Claude, templates: list[Template]) -> Runner:
+@pytest.fixture
+def credentials(database: Database, vault: Vault) -> Credentials:
+    return Credentials(database, vault)
+
+
+def runner_on(database: Database, vault: Vault, claude: Claude, templates: list[Template]) -> Runner:
     """A runner on real stores, whose Claude is this one."""
-    jobs, subagents, shortlists = Jobs(database), Subagents(database), Shortlists(database)
-    asker = Asker(
-        jobs=jobs,
-        credentials=credentials,
-        budgets=Budgets(database, 20.0, 10.0),
-        claude=claude,
-        redactor=Redactor(),
-    )
-    builder = Builder(
-        subagents=subagents,
-        widening=Widening(database),
-        shortlists=shortlists,
-        templates=templates,
-        asker=asker,
-        model="haiku",
-        timeout_seconds=30.0,
-        most_usd=10.0,
-    )
-    return Runner(
-        jobs=jobs,
-        subagents=subagents,
-        router=Router(shortlists, templates, "haiku"),
-        credentials=credentials,
-        templates=templates,
-        asker=asker,
-        builder=builder,
-        policy=RunPolicy("sonnet", 30.0, "ask"),
-    )
+    settings = Settings.from_environ({"POKESTRATOR_AGENT_TIMEOUT": "30"})
+    return make_runner(settings, database, vault, Jobs(database), templates, claude=claude, redactor=Redactor())
 
 
 @pytest.fixture
 def run(
-    database: Database, jobs: Jobs, subagents: Subagents, credentials: Credentials, claude: Claude
+    database: Database, jobs: Jobs, subagents: Subagents, vault: Vault, claude: Claude
 ) -> Callable[..., tuple[Outcome, dict[str, Any]]]:
     """Run POET_TASK with a template that has these fields; the outcome, and the job's row before it is ended."""
 
     def run(url: str, **fields: Any) -> tuple[Outcome, dict[str, Any]]:
         templates = [poet(**fields)]
-        runner = runner_on(database, credentials, claude, templates)
+        runner = runner_on(database, vault, claude, templates)
         subagents.follow(templates)
         job = jobs.insert_claimed(quiet_task(POET_TASK), "me", 60)
         outcome = runner.outcome(job)
@@ -174,7 +149,7 @@ def test_a_version_keeps_its_optional_credentials(subagents: Subagents) -> None:
 @pytest.mark.parametrize("field", ["credentials", "optional_credentials"])
 def test_from_memory_a_template_that_lists_credentials_does_not_run(field: str, claude: Player) -> None:
     away = Database("postgresql://nobody@127.0.0.1:9/none")  # never opened
-    runner = runner_on(away, Credentials(away, Vault()), claude, [poet(**{field: ["SEA_KEY"]})])
+    runner = runner_on(away, Vault(), claude, [poet(**{field: ["SEA_KEY"]})])
     outcome = runner.outcome_from_memory(quiet_task(POET_TASK))
     assert (outcome.state, outcome.error) == (JobState.FAILED, ErrorKind.NOT_STORED)
     assert outcome.detail == "the credentials of sea_poet are in the database"
