@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ def edited(
 
     Raises InvalidDefinition when they give up, or cannot be asked.
     """
+    if not sys.stdin.isatty() and not (os.environ.get("VISUAL") or os.environ.get("EDITOR")):
+        raise InvalidDefinition(["edit: there is no terminal to edit at, and neither VISUAL nor EDITOR is set"])
     while True:
         click.edit(filename=str(sheet))
         try:

@@ -127,7 +127,7 @@ class _Conversation:
     async def hold(self) -> RunResult:
         """Ask, listen until the result, leave."""
         self._expire_at(self._deadline)
-        transports = _recorded_subprocesses()
+        transports = _recorded_subprocesses(self._started)
         trouble: Exception | None = None
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -145,8 +145,6 @@ class _Conversation:
                     self._take(message)
                     if isinstance(message, ResultMessage):
                         return  # what else the CLI has running could hold the stream open for minutes
-                    if self._must_end():  # seen here at the latest with the first message, before the API is asked
-                        return
             finally:
                 self._kill_processes()  # or closing would wait five seconds for the CLI to leave
 
@@ -159,6 +157,10 @@ class _Conversation:
             self._expire_at(loop.time() + 0.05)
 
         loop.call_at(when, expire)
+
+    def _started(self) -> None:
+        if self._must_end():  # the kill has come too early to find this process
+            self._kill_processes()
 
     def _take(self, message: Message) -> None:
         if isinstance(message, ResultMessage):
@@ -213,8 +215,11 @@ def _secrets(allowed: Mapping[str, str], request: RunRequest) -> list[str]:
     return [*(value for name, value in allowed.items() if name in secret_names()), *request.variables.values()]
 
 
-def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:
-    """Where the running loop will put each subprocess that is started: the SDK lets go of its own before they end."""
+def _recorded_subprocesses(started: Callable[[], None]) -> list[asyncio.SubprocessTransport]:
+    """Where the running loop will put each subprocess that is started: the SDK lets go of its own before they end.
+
+    `started` is called each time.
+    """
     loop: Any = asyncio.get_running_loop()
     start = loop.subprocess_exec
     transports: list[asyncio.SubprocessTransport] = []
@@ -222,6 +227,7 @@ def _recorded_subprocesses() -> list[asyncio.SubprocessTransport]:
     async def subprocess_exec(*args: Any, **kwargs: Any) -> Any:
         transport, protocol = await start(*args, **kwargs)
         transports.append(transport)
+        started()
         return transport, protocol
 
     loop.subprocess_exec = subprocess_exec

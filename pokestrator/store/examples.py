@@ -19,7 +19,8 @@ MAX_EXAMPLE_CHARACTERS = 2_000  # a longer task is kept to its beginning
 ALIKE = 0.8  # Jaccard index of their lexemes from which two tasks are one example
 
 INSERT_EXAMPLE = """
-INSERT INTO subagent_examples (subagent_id, task, source, job_id) VALUES (%s, left(%s, 2000), %s, %s)
+INSERT INTO subagent_examples (subagent_id, version, task, source, job_id)
+SELECT id, version, left(%(task)s, 2000), %(source)s, %(job_id)s FROM subagents WHERE id = %(subagent_id)s
 ON CONFLICT DO NOTHING"""
 
 DELETE_TEMPLATE_EXAMPLES = "DELETE FROM subagent_examples WHERE subagent_id = %s AND source = 'template'"
@@ -52,9 +53,12 @@ USE = "UPDATE subagent_examples SET uses = uses + 1, used_at = now() WHERE id = 
 
 UNUSE = "UPDATE subagent_examples SET uses = greatest(uses - 1, 0) WHERE id = %s"
 
-REMEMBER = """
-INSERT INTO subagent_examples (subagent_id, task, source, job_id) VALUES (%s, %s, 'person', %s)
-ON CONFLICT DO NOTHING RETURNING id"""
+# What came with later versions, or was done well by them, while the subagent was said to be for something else.
+DELETE_UNDONE = """
+DELETE FROM subagent_examples AS e USING subagent_versions AS undone, subagent_versions AS back_to
+WHERE e.subagent_id = %(id)s AND e.version > %(to)s AND e.source IN ('drafter', 'person')
+    AND undone.subagent_id = %(id)s AND undone.version = e.version
+    AND back_to.subagent_id = %(id)s AND back_to.version = %(to)s AND back_to.description <> undone.description"""
 
 # The newest is kept, whatever it counts: it has had no time to be used, and would else leave as soon as all others have
 # been. Remembered ones leave before given ones.
@@ -81,7 +85,8 @@ def add_examples(
 ) -> None:
     """Add tasks that are not known yet, and have the subagent found by them. `job_id`: the job that brought them."""
     for task in tasks:
-        connection.execute(INSERT_EXAMPLE, [subagent_id, task, source, job_id])
+        values = {"subagent_id": subagent_id, "task": task, "source": source, "job_id": job_id}
+        connection.execute(INSERT_EXAMPLE, values)
     refresh_search(connection, subagent_id)
 
 
@@ -89,6 +94,14 @@ def replace_template_examples(connection: Connection, subagent_id: int, tasks: S
     """Exchange a template's own examples for those that its file has now."""
     connection.execute(DELETE_TEMPLATE_EXAMPLES, [subagent_id])
     add_examples(connection, subagent_id, tasks, Author.TEMPLATE)
+
+
+def remove_undone(connection: Connection, subagent_id: int, to: int) -> None:
+    """Take away the tasks that only versions after `to` were said to be for. To be called before that is current again.
+
+    What the owner or a template gave stays.
+    """
+    connection.execute(DELETE_UNDONE, {"id": subagent_id, "to": to})
 
 
 def refresh_search(connection: Connection, subagent_id: int) -> None:
@@ -144,7 +157,8 @@ def _add(connection: Connection, subagent_id: int, job_id: uuid.UUID, task: str)
     kept = task[:MAX_EXAMPLE_CHARACTERS]
     if not kept.strip():
         return
-    added = connection.execute(REMEMBER, [subagent_id, kept, job_id]).fetchone()
+    values = {"subagent_id": subagent_id, "task": kept, "source": Author.PERSON, "job_id": job_id}
+    added = connection.execute(f"{INSERT_EXAMPLE} RETURNING id", values).fetchone()
     if added is not None:
         connection.execute(REMOVE_LEAST_USEFUL, [subagent_id, added["id"], MAX_EXAMPLES - 1])
         refresh_search(connection, subagent_id)

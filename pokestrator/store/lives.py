@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import DictRow
 
 from pokestrator.errors import CannotChange, UnknownSubagent
-from pokestrator.store.examples import add_examples, refresh_search
+from pokestrator.store.examples import add_examples, refresh_search, remove_undone
 from pokestrator.store.learning import GOOD_RUNS
 from pokestrator.store.pool import Connection, ConnectionSource
 from pokestrator.store.versions import definition_of, insert_version, locked, subagent_of
@@ -64,7 +64,10 @@ class Lives:
             return _now(connection, name)
 
     def roll_back(self, name: str, *, to: int, based_on: int) -> Subagent:
-        """Make a new version that says what version `to` said. `based_on`: see `edit`."""
+        """Make a new version that says what version `to` said. `based_on`: see `edit`.
+
+        Tasks that only the undone versions were said to be for are examples no longer.
+        """
         with self._source.connection() as connection:
             row = _hold(connection, name, based_on)
             if to == based_on:
@@ -72,6 +75,7 @@ class Lives:
             old = connection.execute(OLD_VERSION, [row["id"], to]).fetchone()
             if old is None:
                 raise CannotChange(f"{name} has no version {to}; its versions are 1 to {based_on}")
+            remove_undone(connection, row["id"], to)
             if not _write(connection, row, definition_of(old), f"back to version {to}"):
                 raise CannotChange(f"version {to} of {name} says the same as the current one, version {based_on}")
             connection.execute(TRUST_AGAIN, {"id": row["id"], "version": to, "good_runs": GOOD_RUNS})

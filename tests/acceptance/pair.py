@@ -53,8 +53,11 @@ class Answer:
         return uuid.UUID(self.fields["request_id"])
 
 
-def call(url: str, metadata: Any, task: str = TASK, **headers: str) -> Answer:
-    """One tools/call as Poke's client frames it, on a connection of its own. Raises requests' errors."""
+def call(url: str, metadata: Any, task: str = TASK, within: float = 15, **headers: str) -> Answer:
+    """One tools/call as Poke's client frames it, on a connection of its own. Raises requests' errors.
+
+    `within`: seconds to wait for the answer.
+    """
     arguments = {"task_description": task, "metadata": metadata}
     body = {
         "jsonrpc": "2.0",
@@ -68,7 +71,7 @@ def call(url: str, metadata: Any, task: str = TASK, **headers: str) -> Answer:
         "MCP-Protocol-Version": "2025-06-18",
     }
     started = time.monotonic()
-    answer = requests.post(url, json=body, headers={**fixed, **headers}, timeout=15)
+    answer = requests.post(url, json=body, headers={**fixed, **headers}, timeout=within)
     seconds = time.monotonic() - started
     assert answer.status_code == 200, answer.text
     result = answer.json()["result"]

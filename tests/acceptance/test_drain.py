@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -123,13 +124,16 @@ def is_refused(instance: Instance) -> bool:
 def test_what_waits_in_the_backlog_at_sigterm_is_answered(pair: Pair) -> None:
     worker, port = pair.a.worker(), urlsplit(pair.a.url).port
     assert worker is not None and port is not None
-    os.kill(worker, signal.SIGSTOP)  # so that it accepts none of them before the signal
     with ThreadPoolExecutor(8) as senders:
-        calls = [senders.submit(call, pair.a.url, scripted()) for _ in range(8)]
-        assert eventually(lambda: backlog(port) == 8), backlog(port)
-        pair.a.service.terminate()
-        assert eventually(lambda: is_pending(worker, signal.SIGTERM))
-        os.kill(worker, signal.SIGCONT)
+        os.kill(worker, signal.SIGSTOP)  # so that it accepts none of them before the signal
+        try:
+            calls = [senders.submit(call, pair.a.url, scripted(), within=90) for _ in range(8)]
+            assert eventually(lambda: backlog(port) == 8, 30), backlog(port)
+            pair.a.service.terminate()
+            told = eventually(lambda: is_pending(worker, signal.SIGTERM), 30)
+            assert told, [Path(f"/proc/{pid}/status").read_text() for pid in (pair.a.service.pid, worker)]
+        finally:
+            os.kill(worker, signal.SIGCONT)
         answers = [each.result() for each in calls]
     assert all(each.is_accepted for each in answers), answers
     assert pair.a.service.stop() == 0

@@ -22,8 +22,10 @@ from pokestrator.store.lives import Lives
 from pokestrator.store.pool import Database
 from pokestrator.store.subagents import Subagents
 from pokestrator.store.versions import Figures, Versions
+from pokestrator.store.widening import Widening
 from pokestrator.subagents import Author, Definition, State, Subagent
 from tests.integration.flow import UNFITTING_TASK, draft, eventually, poet, quiet_task, row, rows
+from tests.integration.lessons import done, examples, found_by
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 NO_RUNS = Figures(0, None, None, None)
@@ -52,12 +54,6 @@ def coder(subagents: Subagents) -> Subagent:
 
 def edited(subagent: Subagent, **changes: Any) -> Definition:
     return subagent.definition.model_copy(update=changes)
-
-
-def found_by(url: str, word: str) -> list[str]:
-    """The names of subagents whose search text holds a word."""
-    query = "SELECT name FROM subagents WHERE search @@ plainto_tsquery('english', %s)"
-    return [found["name"] for found in rows(url, query, word)]
 
 
 def at_once(*works: Callable[[], Any]) -> list[Any]:
@@ -264,6 +260,35 @@ def test_what_did_well_before_it_was_widened_is_trusted_again_when_it_is_back(
     assert keeper.roll_back("scarf_coder")[0].state is State.ACTIVE
     rows(database_url, "UPDATE subagents SET state = 'probation'")
     assert keeper.roll_back("scarf_coder", 2)[0].state is State.PROBATION
+
+
+def test_a_widening_that_is_undone_takes_the_tasks_with_it_that_it_was_for(
+    keeper: Keeper, jobs: Jobs, subagents: Subagents, database: Database, coder: Subagent, database_url: str
+) -> None:
+    done(jobs, coder, "The scarf of my uncle")
+    wider = edited(coder, description="Turns scarves into Morse code, and texts into semaphore.")
+    claim = jobs.insert_claimed(quiet_task(), "me", 60)
+    now = Widening(database).widen(coder, wider, ["My name in semaphore"], note="", claim=claim)
+    assert now is not None
+    done(jobs, now, "A greeting by semaphore flags")
+    done(jobs, now, "The scarf of my uncle")
+    Lives(database).replace("scarf_coder", wider, ["The flags of the harbour"], based_on=2)
+    before = set(examples(database_url, coder))
+    keeper.roll_back("scarf_coder", 1)
+    gone = before - set(examples(database_url, coder))
+    assert gone == {"My name in semaphore", "A greeting by semaphore flags"}
+    assert found_by(database_url, "semaphore") == []
+
+
+def test_a_roll_back_that_leaves_the_description_as_it_is_forgets_no_task(
+    keeper: Keeper, lives: Lives, jobs: Jobs, coder: Subagent, database_url: str
+) -> None:
+    now = lives.edit("scarf_coder", edited(coder, max_turns=3), based_on=1)
+    done(jobs, now, "The scarf of my uncle")
+    before = examples(database_url, coder)
+    keeper.roll_back("scarf_coder")
+    assert examples(database_url, coder) == before
+    assert "The scarf of my uncle" in before
 
 
 def test_of_two_roll_backs_at_once_one_is_made(
