@@ -1,7 +1,7 @@
 -- What a subagent is found by: its name (three times over: who says it means it), its description, its examples; and the
 -- beginnings of their longer words, which tell that photographer and photo have to do with each other.
 CREATE FUNCTION beginnings(words tsvector) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT ARRAY(SELECT DISTINCT '~' || left(lexeme, 4) FROM unnest(words) WHERE length(lexeme) > 4)
+    SELECT ARRAY(SELECT DISTINCT '~' || left(lexeme, 3) FROM unnest(words) WHERE length(lexeme) > 3)
 $$;
 
 CREATE FUNCTION findable(name text, description text, examples text) RETURNS tsvector
