@@ -183,7 +183,9 @@ def measure(postgres: EmbeddedPostgres, size: int, language: Language) -> Measur
 def refreshes_of_many(connection: Connection, language: Language, topics: Sequence[Sequence[str]]) -> list[float]:
     for number in range(1, REFRESHED + 1):
         for _ in range(MAX_EXAMPLES - 5):
-            connection.execute(INSERT_EXAMPLE, [number, language.text(topics[number - 1], 12), "person", None])
+            task = language.text(topics[number - 1], 12)
+            values = {"subagent_id": number, "task": task, "source": "person", "job_id": None}
+            connection.execute(INSERT_EXAMPLE, values)
     return milliseconds(lambda number: refresh_search(connection, number), range(1, REFRESHED + 1))
 
 
