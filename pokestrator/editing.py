@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from pokestrator.environ import names_editor
 from pokestrator.errors import InvalidDefinition
 from pokestrator.subagent_files import read_form
 from pokestrator.subagents import Definition, Subagent
@@ -42,7 +42,7 @@ def edited(
 
     Raises InvalidDefinition when they give up, or cannot be asked.
     """
-    if not sys.stdin.isatty() and not (os.environ.get("VISUAL") or os.environ.get("EDITOR")):
+    if not sys.stdin.isatty() and not names_editor():
         raise InvalidDefinition(["edit: there is no terminal to edit at, and neither VISUAL nor EDITOR is set"])
     while True:
         click.edit(filename=str(sheet))

@@ -50,6 +50,11 @@ def minimal_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
 
 
+def names_editor() -> bool:
+    """Whether the person has said what to edit texts with."""
+    return any(os.environ.get(name) for name in ("VISUAL", "EDITOR"))
+
+
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Make `values` this process's whole environment for a while: the Claude SDK hands all of `os.environ` on."""

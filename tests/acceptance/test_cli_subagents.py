@@ -68,6 +68,15 @@ def test_a_subagent_is_edited_compared_rolled_back_and_shown(
     assert {"task": "Convert my scarf into Morse code", "author": "person"} in shown["examples"]
 
 
+def test_without_a_terminal_and_an_editor_nothing_is_edited_and_it_says_why(
+    environment: Environment, tmp_path: Path, coder: Subagent
+) -> None:
+    refused = command("edit", "scarf_coder", environment={**environment, "VISUAL": "", "EDITOR": ""})
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "there is no terminal to edit at, and neither VISUAL nor EDITOR is set" in refused.stderr
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
 def test_a_mistake_is_not_stored_and_what_was_typed_is_kept_and_taken_later(
     environment: Environment, tmp_path: Path, coder: Subagent, subagents: Subagents
 ) -> None:
