@@ -180,7 +180,10 @@ def edit(name: str, note: str, source: Path | None, wants_json: bool) -> None:
 @click.option("--to", type=click.IntRange(min=1), help="The version to go back to; default: the one before.")
 @answers
 def rollback(name: str, to: int | None, wants_json: bool) -> None:
-    """Have the subagent NAME say again what an earlier version said, by a new version."""
+    """Have the subagent NAME say again what an earlier version said, by a new version.
+
+    Where the description changes by that, tasks that it took up since are its examples no longer; yours stay.
+    """
     with _keeper() as keeper:
         now, back_to = keeper.roll_back(name, to)
     fields = {"name": name, "version": now.version, "back_to": back_to}

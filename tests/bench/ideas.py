@@ -26,8 +26,6 @@ DEFINITION = (
     "SELECT pg_get_functiondef(oid) AS text FROM pg_proc WHERE proname = %s AND pronamespace = %s::regnamespace"
 )
 
-FOUR_LETTERS = "left(lexeme, 4) FROM unnest(words) WHERE length(lexeme) > 4"
-
 
 def changed(function: str, before: str, after: str) -> Callable[[Database], None]:
     """A change in a function of the schema, after which all search texts are made anew."""
@@ -60,7 +58,9 @@ IDEAS: dict[str, Callable[[Database], None]] = {
     "idf as it is, not to the power of 1.25": with_constant("RARITY", 1.0),
     "without beginnings of words": with_constant("BEGINNING", 0.0),
     "beginnings of four letters in place of three": changed(
-        "beginnings", "left(lexeme, 3) FROM unnest(words) WHERE length(lexeme) > 3", FOUR_LETTERS
+        "beginnings",
+        "left(lexeme, 3) FROM unnest(words) WHERE length(lexeme) > 3",
+        "left(lexeme, 4) FROM unnest(words) WHERE length(lexeme) > 4",
     ),
     "name once in place of three times": changed("findable", "n, n, n,", "n,"),
 }

@@ -291,6 +291,17 @@ def test_a_roll_back_that_leaves_the_description_as_it_is_forgets_no_task(
     assert "The scarf of my uncle" in before
 
 
+def test_a_roll_back_forgets_no_task_that_came_before_the_version_it_goes_back_to(
+    keeper: Keeper, lives: Lives, jobs: Jobs, coder: Subagent, database_url: str
+) -> None:
+    done(jobs, coder, "The scarf of my uncle")
+    lives.edit("scarf_coder", edited(coder, description="Reads scarves aloud in Morse code."), based_on=1)
+    lives.edit("scarf_coder", edited(coder, description="Turns texts into semaphore."), based_on=2)
+    before = examples(database_url, coder)
+    keeper.roll_back("scarf_coder", 2)
+    assert examples(database_url, coder) == before
+
+
 def test_of_two_roll_backs_at_once_one_is_made(
     keeper: Keeper, lives: Lives, versions: Versions, coder: Subagent
 ) -> None:
